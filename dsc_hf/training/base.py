@@ -1,0 +1,190 @@
+"""What both trainings share: reproducible draws, whole checkpoints, token-normalised losses, Muon.
+
+Draws come from a generator seeded by seed, step, micro-batch and process, so that a resumed run sees the same
+corruption as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+
+@dataclass
+class DiffusionTrainingArguments(TrainingArguments):
+    """[`~transformers.TrainingArguments`] and what all trainings of this package share.
+
+    Args:
+        eps (`float`, defaults to 1e-3): smallest diffusion time; bounds the weight `1/t`.
+        stratified_times (`bool`, defaults to `True`): spread the times of a batch evenly over their range.
+        muon_learning_rate (`float`, *optional*): if given, weight matrices inside the transformer blocks are trained
+            by `torch.optim.Muon` at this rate and all other parameters by AdamW at `learning_rate`.
+    """
+
+    eps: float = field(default=1e-3, metadata={"help": "Smallest diffusion time."})
+    stratified_times: bool = field(default=True, metadata={"help": "Spread the times of a batch evenly."})
+    muon_learning_rate: float | None = field(
+        default=None, metadata={"help": "Train the matrices inside blocks with Muon at this rate."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.eps < 1:
+            raise ValueError(f"`eps={self.eps}` must lie between 0 and 1.")
+        if self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
+            raise ValueError(f"`muon_learning_rate={self.muon_learning_rate}` must be positive, or None for AdamW.")
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """`torch.optim.Muon` for one set of parameters and `torch.optim.AdamW` for another, as one optimizer.
+
+    Args:
+        matrices (`list[nn.Parameter]`): two-dimensional weights, for Muon.
+        others (`list[nn.Parameter]`): everything else, for AdamW.
+        muon_lr (`float`), lr (`float`), weight_decay (`float`): their rates and the decay of both.
+        betas (`tuple[float, float]`): for AdamW.
+    """
+
+    def __init__(self, matrices, others, muon_lr: float, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.95)):
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, betas=betas),
+        ]
+        super().__init__([part.param_groups[0] for part in self.parts], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let the parts work on this optimizer's groups and state."""
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Step both optimizers."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+class DiffusionTrainer(Trainer):
+    """Base of the trainers: subclasses compute a loss *sum* over labelled tokens in `loss_sum`."""
+
+    args: DiffusionTrainingArguments
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole accumulated batch
+        self._loss_shifts_labels = False
+        self._draws: tuple[Any, int] = (None, 0)
+        self._saving_dir: str | None = None
+
+    def loss_sum(self, model: nn.Module, inputs: dict[str, torch.Tensor], generator: torch.Generator):
+        """The loss summed over the batch, the number of tokens to divide it by, and the outputs to return."""
+        raise NotImplementedError
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss over the tokens of the global batch (all micro-batches and processes)."""
+        total, items, outputs = self.loss_sum(model, inputs, self.make_generator(model.training))
+        if model.training and num_items_in_batch is not None:
+            loss = total / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes
+        else:
+            loss = total / max(items, 1)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Only the loss: logits of a whole evaluation set would not fit in memory."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def evaluation_loop(self, *args, **kwargs):
+        """Evaluate on the same draws every time."""
+        self._draws = (None, 0)
+        return super().evaluation_loop(*args, **kwargs)
+
+    def make_generator(self, training: bool) -> torch.Generator:
+        """A generator for the next batch, the same in a resumed and an uninterrupted run."""
+        key = ("train", self.state.global_step) if training else "eval"
+        count = self._draws[1] + 1 if self._draws[0] == key else 0
+        self._draws = (key, count)
+        parts = (self.args.seed, self.state.global_step + 1 if training else 0, count, self.args.process_index)
+        seed = 0
+        for part in parts:  # a mixing hash: neighbouring steps and processes must not share a stream
+            seed = ((seed ^ part) * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**63
+        return torch.Generator(device=self.args.device).manual_seed(seed)
+
+    def create_optimizer(self, model=None):
+        """AdamW as in `Trainer`, or Muon with AdamW if `muon_learning_rate` is given."""
+        if self.args.muon_learning_rate is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        matrices, others = [], []
+        for name, parameter in (self.model if model is None else model).named_parameters():
+            if parameter.requires_grad:
+                inside = parameter.dim() == 2 and "layers." in name
+                (matrices if inside else others).append(parameter)
+        if not matrices or not others:
+            raise ValueError(
+                f"`muon_learning_rate={self.args.muon_learning_rate}` needs both matrices inside `layers` and other "
+                "parameters to train; leave it None."
+            )
+        args = self.args
+        self.optimizer = MuonWithAdamW(
+            matrices,
+            others,
+            muon_lr=args.muon_learning_rate,
+            lr=args.learning_rate,
+            weight_decay=args.weight_decay,
+            betas=(args.adam_beta1, args.adam_beta2),
+        )
+        return self.optimizer
+
+    # A killed run must leave whole checkpoints only: they are written aside and renamed.
+
+    def _get_output_dir(self, trial):
+        return self._saving_dir or super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self._saving_dir is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model, trial):
+        run_dir = Path(self._get_output_dir(trial))
+        name, state = f"checkpoint-{self.state.global_step}", self.state
+        self._saving_dir = str(run_dir / ".saving")
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            staged, self._saving_dir = Path(self._saving_dir) / name, None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if state.best_global_step:
+                state.best_model_checkpoint = str(run_dir / f"checkpoint-{state.best_global_step}")
+                state.save_to_json(str(staged / "trainer_state.json"))
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+            os.replace(staged, run_dir / name)
+            shutil.rmtree(run_dir / ".saving", ignore_errors=True)
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_dir / name))
+

@@ -1,0 +1,89 @@
+"""The forward process of masked diffusion: which response tokens are masked at time `t`.
+
+Linear schedule: `alpha_t = 1 - t`, every maskable response token is masked with probability `t`, independently
+(arXiv 2601.06428, eq. 3.1). All draws come from the generator that is passed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def draw_times(
+    batch_size: int,
+    low: float,
+    high: float,
+    generator: torch.Generator | None = None,
+    stratified: bool = True,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Draw diffusion times `t ~ U(low, high)`, one for each row.
+
+    Args:
+        batch_size (`int`): number of rows `B`.
+        low (`float`), high (`float`): bounds, `0 <= low <= high <= 1`.
+        generator (`torch.Generator`, *optional*): source of randomness, on `device`.
+        stratified (`bool`): draw one time in each of `B` equal strata, in random order. Every single time is still
+            uniform; their spread over the batch is even, so the loss varies less from batch to batch.
+        device (`torch.device`): where the result lies.
+
+    Returns:
+        `torch.Tensor`: `(B,)`, fp32.
+    """
+    if stratified:
+        offset = torch.rand(1, generator=generator, device=device)
+        order = torch.randperm(batch_size, generator=generator, device=device)
+        uniform = (offset + order / batch_size) % 1
+    else:
+        uniform = torch.rand(batch_size, generator=generator, device=device)
+    return low + (high - low) * uniform
+
+
+def mask_tokens(
+    input_ids: torch.Tensor,
+    candidates: torch.Tensor,
+    probability: torch.Tensor,
+    mask_token_id: int,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask candidates independently: the forward process `q(x_t | x_0)`.
+
+    Args:
+        input_ids (`torch.LongTensor`): `(B, L)`.
+        candidates (`torch.BoolTensor`): `(B, L)`, the positions that may be masked.
+        probability (`torch.Tensor`): `(B,)` or `(B, L)`, the chance of each.
+        mask_token_id (`int`): the mask token.
+        generator (`torch.Generator`, *optional*): source of randomness.
+
+    Returns:
+        `tuple`: the corrupted ids `(B, L)` and which positions were masked here `(B, L)`.
+    """
+    if probability.dim() == 1:
+        probability = probability[:, None]
+    draw = torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
+    masked = candidates & (draw < probability)
+    return input_ids.masked_fill(masked, mask_token_id), masked
+
+
+def draw_blocks(
+    response_mask: torch.Tensor, block_length: int, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one decoding block of each response, as semi-autoregressive decoding would be inside it.
+
+    Args:
+        response_mask (`torch.BoolTensor`): `(B, L)`, the response tokens; block 0 begins at the first of a row.
+        block_length (`int`): tokens in a block.
+        generator (`torch.Generator`, *optional*): source of randomness.
+
+    Returns:
+        `tuple` of `torch.BoolTensor` `(B, L)`: response tokens in the drawn block, and those in later blocks.
+    """
+    length = response_mask.shape[1]
+    columns = torch.arange(length, device=response_mask.device)
+    first = torch.where(response_mask, columns, length).amin(1, keepdim=True)
+    last = torch.where(response_mask, columns, -1).amax(1, keepdim=True)
+    block = (columns - first).div(block_length, rounding_mode="floor")
+    blocks = (last - first).div(block_length, rounding_mode="floor") + 1
+    draw = torch.rand(len(first), 1, generator=generator, device=response_mask.device)
+    drawn = (draw * blocks).floor().long()
+    return response_mask & (block == drawn), response_mask & (block > drawn)

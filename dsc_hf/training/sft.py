@@ -1,0 +1,68 @@
+"""Stage 1: supervised fine-tuning of a masked diffusion LM (arXiv 2601.06428, eq. 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..backbones import aligned_logits, mask_token_id_of
+from .base import DiffusionTrainer, DiffusionTrainingArguments
+from .collator import IGNORE_INDEX
+from .corruption import draw_times, mask_tokens
+
+
+@dataclass
+class MaskedDiffusionConfig(DiffusionTrainingArguments):
+    """Arguments of [`MaskedDiffusionTrainer`]; see [`DiffusionTrainingArguments`]."""
+
+
+def masked_diffusion_loss(
+    logits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor, times: torch.Tensor
+) -> torch.Tensor:
+    """The negative evidence bound of eq. 3.1, summed over the batch: `sum (1/t) * -log p(x0_i | x_t)` over masked `i`.
+
+    Args:
+        logits (`torch.Tensor`): `(B, L, V)`, aligned (position `i` predicts token `i`).
+        labels (`torch.LongTensor`): `(B, L)`, clean ids.
+        masked (`torch.BoolTensor`): `(B, L)`, the positions masked at time `t`.
+        times (`torch.Tensor`): `(B,)`, the time `t` of each row.
+
+    Returns:
+        `torch.Tensor`: scalar, fp32; divide it by the number of maskable tokens.
+    """
+    rows = masked.nonzero()[:, 0]
+    losses = nn.functional.cross_entropy(logits[masked].float(), labels[masked], reduction="none")
+    return (losses / times[rows]).sum()
+
+
+class MaskedDiffusionTrainer(DiffusionTrainer):
+    """Trains a bidirectional backbone to fill masks; a [`~transformers.Trainer`] in everything else.
+
+    Each step draws `t ~ U(eps, 1)`, masks response tokens with probability `t` (never the prompt, nor the late EOS
+    tokens of the collator's EOS rule) and weighs the loss by `1/t`, normalised by the number of maskable response
+    tokens in the global batch.
+
+    Args:
+        model (`PreTrainedModel`): a stock masked LM, or a causal class with `is_causal=False`, whose config names its
+            `mask_token_id`.
+        args ([`MaskedDiffusionConfig`]): the arguments.
+        data_collator ([`PromptResponseCollator`]): lays out prompt and response rows.
+        kwargs: everything else that [`~transformers.Trainer`] takes.
+    """
+
+    def __init__(self, model: nn.Module, args: MaskedDiffusionConfig, **kwargs):
+        self.mask_token_id = mask_token_id_of(model, kwargs.get("processing_class"))
+        super().__init__(model=model, args=args, **kwargs)
+
+    def loss_sum(self, model, inputs, generator):
+        """Eq. 3.1 over one batch; see [`masked_diffusion_loss`]."""
+        input_ids, labels = inputs["input_ids"], inputs["labels"]
+        maskable = labels != IGNORE_INDEX
+        times = draw_times(
+            len(input_ids), self.args.eps, 1.0, generator, self.args.stratified_times, input_ids.device
+        )
+        corrupted, masked = mask_tokens(input_ids, maskable, times, self.mask_token_id, generator)
+        logits = aligned_logits(model, corrupted, inputs["attention_mask"])
+        return masked_diffusion_loss(logits, labels, masked, times), maskable.sum(), {"logits": logits}
