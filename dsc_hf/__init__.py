@@ -1,0 +1,26 @@
+"""dsc_hf: masked diffusion language models that take their mistakes back.
+
+Importing it registers [`DSCForMaskedDiffusion`] with the Auto classes of transformers.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from .configuration_dsc import DSCConfig
+from .correction_head import CorrectionHead
+from .generation_dsc import DSCGenerationConfig, DSCGenerationOutput
+from .modeling_dsc import DSCForMaskedDiffusion, DSCOutput
+
+__version__ = "0.1.0"
+
+AutoConfig.register("dsc", DSCConfig)
+for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
+    auto_class.register(DSCConfig, DSCForMaskedDiffusion)
+
+__all__ = [
+    "CorrectionHead",
+    "DSCConfig",
+    "DSCForMaskedDiffusion",
+    "DSCGenerationConfig",
+    "DSCGenerationOutput",
+    "DSCOutput",
+]

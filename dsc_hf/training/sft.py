@@ -60,9 +60,7 @@ class MaskedDiffusionTrainer(DiffusionTrainer):
         """Eq. 3.1 over one batch; see [`masked_diffusion_loss`]."""
         input_ids, labels = inputs["input_ids"], inputs["labels"]
         maskable = labels != IGNORE_INDEX
-        times = draw_times(
-            len(input_ids), self.args.eps, 1.0, generator, self.args.stratified_times, input_ids.device
-        )
+        times = draw_times(len(input_ids), self.args.eps, 1.0, generator, self.args.stratified_times, input_ids.device)
         corrupted, masked = mask_tokens(input_ids, maskable, times, self.mask_token_id, generator)
         logits = aligned_logits(model, corrupted, inputs["attention_mask"])
         return masked_diffusion_loss(logits, labels, masked, times), maskable.sum(), {"logits": logits}

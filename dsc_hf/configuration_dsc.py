@@ -1,0 +1,86 @@
+"""DSCConfig: which backbone, and which correction head stands on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+class DSCConfig(PreTrainedConfig):
+    """Configuration of [`DSCForMaskedDiffusion`]. [`DSCForMaskedDiffusion.from_backbone`] fills it in.
+
+    Args:
+        base_model_name_or_path (`str`, *optional*): the backbone of a head-only checkpoint: a Hub id, a folder, or a
+            path that begins with `../` and is relative to the checkpoint's own folder or Hub repository.
+        base_model_revision (`str`, *optional*): the backbone's revision on the Hub.
+        base_config (`dict`, *optional*): the backbone's config, if its weights are in this checkpoint (*merged*).
+        mask_token_id (`int`): the mask token.
+        logits_shift (`int`, defaults to 0): position `i - logits_shift` of the backbone predicts token `i`.
+        token_count (`int`, *optional*): ids from here on are padding of the embeddings and never generated.
+        vocab_size (`int`), backbone_hidden_size (`int`), backbone_num_layers (`int`): shapes of the backbone that the
+            head was made for.
+        tap_layer (`int`, defaults to -2): the block whose output the head reads (arXiv 2601.06428, A.2: the last but
+            one), counted from the end if negative.
+        head_hidden_size (`int`, *optional*): width of the head; by default that of the backbone, at most 2048.
+        head_num_layers (`int`, defaults to 2): its transformer layers.
+        head_num_attention_heads (`int`, *optional*): by default one for each 64 of its width.
+        head_intermediate_size (`int`, *optional*): width of its MLPs; by default 8/3 of its width.
+        head_reread (`bool`, defaults to `True`): also let it read the visible token's probability, its logit, the
+            entropy of the prediction there, and whether the position is masked. `False` gives the paper's head.
+        head_trained (`bool`, defaults to `False`): whether the head has been trained; an untrained one gives no scores.
+        rms_norm_eps (`float`), rope_theta (`float`), initializer_range (`float`): of the head.
+    """
+
+    model_type = "dsc"
+
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    base_config: dict[str, Any] | None = None
+    mask_token_id: int | None = None
+    logits_shift: int = 0
+    token_count: int | None = None
+    vocab_size: int | None = None
+    backbone_hidden_size: int | None = None
+    backbone_num_layers: int | None = None
+    tap_layer: int = -2
+    head_hidden_size: int | None = None
+    head_num_layers: int = 2
+    head_num_attention_heads: int | None = None
+    head_intermediate_size: int | None = None
+    head_reread: bool = True
+    head_trained: bool = False
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    initializer_range: float = 0.02
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.backbone_hidden_size is None:  # transformers makes empty configs to compare with
+            return
+        if self.head_hidden_size is None:
+            self.head_hidden_size = min(self.backbone_hidden_size, 2048)
+        if self.head_num_attention_heads is None:
+            self.head_num_attention_heads = max(1, self.head_hidden_size // 64)
+        if self.head_intermediate_size is None:
+            self.head_intermediate_size = -(-self.head_hidden_size * 8 // 3 // 64) * 64
+        if not isinstance(self.head_num_layers, int) or self.head_num_layers < 1:
+            raise ValueError(f"`head_num_layers={self.head_num_layers}` must be at least 1.")
+        heads = self.head_num_attention_heads
+        if self.head_hidden_size < 1 or heads < 1 or self.head_hidden_size % (2 * heads):
+            raise ValueError(
+                f"`head_hidden_size={self.head_hidden_size}` must be a multiple of twice "
+                f"`head_num_attention_heads={heads}` (rotary embeddings need an even width for each head)."
+            )
+        depth = self.backbone_num_layers
+        if not -depth <= self.tap_layer < depth:
+            raise ValueError(
+                f"`tap_layer={self.tap_layer}` is outside the backbone, which has {depth} blocks; choose "
+                f"{-depth} to {depth - 1}."
+            )
+
+
+__all__ = ["DSCConfig"]

@@ -1,0 +1,108 @@
+"""The correction head: how likely is each written token to be wrong? (arXiv 2601.06428, section 4)"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import LlamaConfig
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from .configuration_dsc import DSCConfig
+
+REREAD_INPUTS = 4
+
+
+def reread_inputs(logits: torch.Tensor, input_ids: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """What the backbone itself says of the tokens that stand there, read in the same forward.
+
+    Args:
+        logits (`torch.Tensor`): `(..., V)`, aligned: row `i` predicts token `i`.
+        input_ids (`torch.LongTensor`): `(...)`, the tokens that were read.
+        mask_token_id (`int`): positions with this token get zeros for their token's probability.
+
+    Returns:
+        `torch.Tensor`: `(..., 4)`, fp32: the logit of the visible token's probability over 4, that probability, the
+        entropy of the prediction (nats) over 2, and 1 at masked positions.
+    """
+    log_probabilities = logits.float().log_softmax(-1)
+    entropy = -(log_probabilities.exp() * log_probabilities.clamp(min=-1e4)).sum(-1)
+    masked = input_ids == mask_token_id
+    log_p = log_probabilities.gather(-1, input_ids[..., None])[..., 0].clamp(-16, -1e-7)
+    log_odds = log_p - torch.log(-torch.expm1(log_p))
+    return torch.stack(
+        [(log_odds / 4).masked_fill(masked, 0), log_p.exp().masked_fill(masked, 0), entropy / 2, masked.float()], -1
+    )
+
+
+class CorrectionHead(nn.Module):
+    """A few bidirectional transformer layers over the output of one backbone block, one logit a token.
+
+    RMSNorm and a projection bring the tapped states (and, projected too, the re-read inputs) to the head's width; RoPE
+    gives the order. The logit is for *correct*: `P_error = sigmoid(-logit)`.
+
+    Args:
+        config ([`DSCConfig`]): the sizes.
+    """
+
+    def __init__(self, config: DSCConfig):
+        super().__init__()
+        width = config.head_hidden_size
+        self.layer_config = LlamaConfig(
+            hidden_size=width,
+            intermediate_size=config.head_intermediate_size,
+            num_hidden_layers=config.head_num_layers,
+            num_attention_heads=config.head_num_attention_heads,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            is_causal=False,
+            use_cache=False,
+        )
+        self.layer_config._attn_implementation = config._attn_implementation
+        self.input_norm = LlamaRMSNorm(config.backbone_hidden_size, eps=config.rms_norm_eps)
+        self.input_projection = nn.Linear(config.backbone_hidden_size, width, bias=False)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(self.layer_config, i) for i in range(config.head_num_layers))
+        for layer in self.layers:
+            layer.self_attn.is_causal = False
+        self.rotary_emb = LlamaRotaryEmbedding(self.layer_config)
+        self.norm = LlamaRMSNorm(width, eps=config.rms_norm_eps)
+        self.score = nn.Linear(width, 1)
+        if config.head_reread:
+            self.reread_projection = nn.Linear(REREAD_INPUTS, width, bias=False)
+            self.reread_skip = nn.Linear(REREAD_INPUTS, 1, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        reread: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Score every position.
+
+        Args:
+            hidden_states (`torch.Tensor`): `(B, L, D)`, output of the tapped block.
+            reread (`torch.Tensor`, *optional*): `(B, L, 4)` from [`reread_inputs`]; needed if `head_reread`.
+            attention_mask (`torch.Tensor`, *optional*): `(B, L)`, 0 at padding.
+            position_ids (`torch.LongTensor`, *optional*): `(B, L)`.
+
+        Returns:
+            `torch.Tensor`: `(B, L)`, fp32, the logit that the token is correct.
+        """
+        dtype = self.score.weight.dtype
+        states = self.input_projection(self.input_norm(hidden_states.to(dtype)))
+        if reread is not None:
+            states = states + self.reread_projection(reread.to(dtype))
+        if position_ids is None:
+            position_ids = torch.arange(states.shape[1], device=states.device)[None]
+        mask = create_bidirectional_mask(config=self.layer_config, inputs_embeds=states, attention_mask=attention_mask)
+        rotary = self.rotary_emb(states, position_ids=position_ids)
+        for layer in self.layers:
+            states = layer(states, attention_mask=mask, position_ids=position_ids, position_embeddings=rotary)
+        logits = self.score(self.norm(states))
+        if reread is not None:
+            logits = logits + self.reread_skip(reread.to(dtype))
+        return logits[..., 0].float()
+
+
+__all__ = ["CorrectionHead", "reread_inputs"]

@@ -1,0 +1,517 @@
+"""generate() and infill(): arguments, checks, outputs. The loop itself is in `decoding.py`."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import ModelOutput
+
+from .decoding import Canvas, DecodingOptions, DecodingStep, decode, judge, predict
+from .remasking import SCORES, ThresholdSelection
+from .unmasking import FixedUnmasking
+
+UNSUPPORTED = {
+    "assistant_early_exit": None,
+    "begin_suppress_tokens": None,
+    "cache_implementation": None,
+    "constraints": None,
+    "dola_layers": None,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "exponential_decay_length_penalty": None,
+    "force_words_ids": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": None,
+    "is_assistant": False,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_logits": False,
+    "output_scores": False,
+    "penalty_alpha": None,
+    "prompt_lookup_num_tokens": None,
+    "sequence_bias": None,
+    "token_healing": False,
+    "watermarking_config": None,
+}
+"""Arguments of `GenerationConfig` that mean nothing here, with the values that ask for nothing."""
+
+
+class DSCGenerationConfig(GenerationConfig):
+    """How to decode. Unset arguments (`None`) take the model's `generation_config.json`, then the defaults named here.
+
+    Args:
+        max_new_tokens (`int`, defaults to 128): longest response, in tokens. (`max_length` counts the prompt too.)
+        block_length (`int`, defaults to 32): tokens in a block; blocks are completed from left to right.
+        tokens_per_step (`int`, defaults to 1): `k`, masks to fill in each forward pass.
+        remasking_score (`str`, defaults to `"none"`): how wrong each written token looks: `"head"` (the trained head),
+            `"visible"` (1 - probability of the token in this forward), `"written"` (1 - its probability when written),
+            `"random"`, or `"none"` for plain decoding.
+        remask_stride (`int`, defaults to 1): `d`, judge in every d-th step of a block (`n % d == d - 1`).
+        remask_threshold (`float`, defaults to 0.5): `tau`, take back tokens with a higher error probability.
+        remask_top_k (`int`, *optional*): `K`, at most so many a step, the worst first; None for no limit, 0 for none.
+        remask_buffer_size (`int`, defaults to 0): `B`, leave the last `B` remasked positions of the block alone.
+        remask_scope (`str`, defaults to `"block"`): judge tokens of the current block, or of all `"generated"` so far.
+        max_remasks_per_position (`int`, *optional*): how often one position may be taken back; None for no limit.
+        max_remasks_per_block (`int`, defaults to `block_length`): remasks in one block; then it is decoded plainly.
+        rescore (`bool`, defaults to `False`): spend one more, counted forward to judge the updated sequence.
+        verify_block (`bool`, defaults to `False`): judge each finished block once more before it is committed; costs a
+            counted forward a block.
+        strict_paper (`bool`, defaults to `False`): select the top `K` before threshold and buffer, as algorithm 1 is
+            printed.
+        output_error_probabilities (`bool`, defaults to `False`): spend one counted forward on the finished text, so that
+            every token has an error probability. Without it, tokens that were never judged have NaN.
+        output_history (`bool`, defaults to `False`): keep every step.
+        kwargs: sampling, stopping and output arguments of [`~transformers.GenerationConfig`]: `do_sample`,
+            `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `suppress_tokens`, `bad_words_ids`,
+            `stop_strings`, `max_time`, `num_return_sequences`, `return_dict_in_generate`, special tokens.
+
+    Raises:
+        `ValueError`: an argument is unknown, out of range, or belongs to autoregressive decoding only.
+    """
+
+    def __init__(self, **kwargs: Any):
+        for name in self._dsc_defaults():
+            setattr(self, name, kwargs.pop(name, None))
+        known = set(vars(GenerationConfig())) | {"_commit_hash", "_from_auto", "_from_pipeline"}
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            raise ValueError(
+                f"`{unknown[0]}={kwargs[unknown[0]]!r}` is no argument of generate(); see DSCGenerationConfig."
+            )
+        super().__init__(**kwargs)
+
+    @staticmethod
+    def _dsc_defaults() -> dict[str, Any]:
+        return {
+            "block_length": 32,
+            "tokens_per_step": 1,
+            "remasking_score": "none",
+            "remask_stride": 1,
+            "remask_threshold": 0.5,
+            "remask_top_k": None,
+            "remask_buffer_size": 0,
+            "remask_scope": "block",
+            "max_remasks_per_position": None,
+            "max_remasks_per_block": None,
+            "rescore": False,
+            "verify_block": False,
+            "strict_paper": False,
+            "output_error_probabilities": False,
+            "output_history": False,
+        }
+
+    @classmethod
+    def _get_default_generation_params(cls) -> dict[str, Any]:
+        others = ("do_sample", "temperature", "top_p", "num_return_sequences", "return_dict_in_generate")
+        parent = GenerationConfig._get_default_generation_params()
+        return {**{k: parent[k] for k in others}, **cls._dsc_defaults()}
+
+    @classmethod
+    def from_model_config(cls, model_config) -> DSCGenerationConfig:
+        """Only the special tokens: nothing else in a model's config is about decoding."""
+        return cls(**{k: getattr(model_config, k, None) for k in ("bos_token_id", "eos_token_id", "pad_token_id")})
+
+    def validate(self, **kwargs: Any) -> None:
+        """Check every argument.
+
+        Raises:
+            `ValueError`: naming the argument, what was given and what would do.
+        """
+        for name, neutral in UNSUPPORTED.items():
+            if getattr(self, name, None) not in (None, neutral):
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` has no meaning for diffusion decoding; leave it unset."
+                )
+        lowest = {"block_length": 1, "tokens_per_step": 1, "remask_stride": 1, "max_new_tokens": 1, "max_length": 1}
+        lowest |= {"num_return_sequences": 1, "remask_top_k": 0, "remask_buffer_size": 0}
+        lowest |= {"max_remasks_per_position": 0, "max_remasks_per_block": 0}
+        for name, low in lowest.items():
+            value = getattr(self, name, None)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+                raise ValueError(f"`{name}={value!r}` must be an integer of at least {low}.")
+        for name in ("rescore", "verify_block", "strict_paper", "output_error_probabilities", "output_history"):
+            if getattr(self, name, None) not in (None, True, False):
+                raise ValueError(f"`{name}={getattr(self, name)!r}` must be True or False.")
+        for name, choices in (("remasking_score", ["none", *SCORES]), ("remask_scope", ["block", "generated"])):
+            if getattr(self, name, None) not in (None, *choices):
+                raise ValueError(f"`{name}={getattr(self, name)!r}` must be one of {choices}.")
+        threshold = getattr(self, "remask_threshold", None)
+        if threshold is not None and (
+            isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold >= 0
+        ):
+            raise ValueError(
+                f"`remask_threshold={threshold!r}` must be a probability: 0 takes back every token, 1 none."
+            )
+        super().validate(**kwargs)
+
+
+@dataclass
+class DSCGenerationOutput(ModelOutput):
+    """What [`~DSCGenerationMixin.generate`] returns with `return_dict_in_generate=True`. `P` prompt, `G` new tokens.
+
+    Args:
+        sequences (`torch.LongTensor`): `(B, P + G)`, prompt and response; padding after the first EOS.
+        forward_passes (`torch.LongTensor`): `(B,)`, backbone forwards that the row took part in.
+        tokens_remasked (`torch.LongTensor`): `(B,)`, how many tokens were taken back.
+        tokens_per_forward (`torch.FloatTensor`): `(B,)`, response tokens (with EOS) over `forward_passes`.
+        error_probabilities (`torch.FloatTensor`, *optional*): `(B, G)`, probability that each response token is wrong:
+            when it was last judged, or, with `output_error_probabilities`, in the finished text. NaN where a token was
+            never judged and at padding. None if there is no score.
+        history (`tuple[DecodingStep]`, *optional*): every step, with `output_history`.
+    """
+
+    sequences: torch.LongTensor
+    forward_passes: torch.LongTensor | None = None
+    tokens_remasked: torch.LongTensor | None = None
+    tokens_per_forward: torch.FloatTensor | None = None
+    error_probabilities: torch.FloatTensor | None = None
+    history: tuple[DecodingStep, ...] | None = None
+
+
+class DSCGenerationMixin(GenerationMixin):
+    """`generate()` and `infill()` of [`DSCForMaskedDiffusion`]."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        streamer: BaseStreamer | None = None,
+        generator: torch.Generator | int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> torch.LongTensor | DSCGenerationOutput:
+        """Write responses to prompts, taking back tokens that look wrong (arXiv 2601.06428, algorithm 1).
+
+        Args:
+            inputs (`torch.LongTensor`): `(B, P)`, prompts, padded on the left; also taken as `input_ids`.
+            generation_config ([`DSCGenerationConfig`], *optional*): base of the arguments.
+            logits_processor (`LogitsProcessorList`, *optional*): called with one row for each position: ids `(N, L)` of
+                the whole canvas (mask tokens included) and logits `(N, V)`.
+            stopping_criteria (`StoppingCriteriaList`, *optional*): asked when a block is complete, for each of its
+                prefixes as if its tokens had come one by one; the response ends at the first that stops.
+            streamer (`BaseStreamer`, *optional*): gets the prompt, final tokens by `put` and, if it has `put_draft`, the
+                response after every step. One row only.
+            generator (`torch.Generator` or `int`, *optional*): source or seed of all randomness.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): needed with `stop_strings`.
+            kwargs: `attention_mask` `(B, P)`, and arguments of [`DSCGenerationConfig`].
+
+        Returns:
+            `torch.LongTensor` `(B * num_return_sequences, P + G)`, or [`DSCGenerationOutput`].
+
+        Raises:
+            `ValueError`: a bad argument or prompt; see [`DSCGenerationConfig`].
+        """
+        prompt = _one_of("inputs", inputs, "input_ids", kwargs.pop("input_ids", None))
+        attention_mask = kwargs.pop("attention_mask", None)
+        config = self._resolve_generation_config(generation_config, kwargs)
+        prompt, attention_mask = self._check_prompt(prompt, attention_mask, config, streamer)
+        length = prompt.shape[1]
+        new_tokens = config.max_new_tokens
+        if new_tokens is None:
+            new_tokens = 128 if config.max_length is None else config.max_length - length
+        self._check_length(length, new_tokens)
+        rows = config.num_return_sequences
+        prompt, attention_mask = prompt.repeat_interleave(rows, 0), attention_mask.repeat_interleave(rows, 0)
+        ids = torch.nn.functional.pad(prompt, (0, new_tokens), value=self.config.mask_token_id)
+        blocks = torch.arange(new_tokens, device=ids.device) // config.block_length
+        blocks = torch.nn.functional.pad(blocks, (length, 0), value=-1).expand_as(ids)
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, new_tokens), value=1)
+        run = _Run(self, config, ids, length, _as_generator(generator, ids.device), streamer)
+        run.criteria = self._get_stopping_criteria(
+            generation_config=_criteria_config(config),
+            stopping_criteria=stopping_criteria or StoppingCriteriaList(),
+            tokenizer=tokenizer,
+        )
+        run.start(blocks, attention_mask, logits_processor)
+        return run.output(trim=True)
+
+    @torch.no_grad()
+    def infill(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        generator: torch.Generator | int | None = None,
+        **kwargs: Any,
+    ) -> torch.LongTensor | DSCGenerationOutput:
+        """Fill the mask tokens of a text, wherever they stand; all other tokens stay.
+
+        The masks of a row, from left to right, make up its blocks. There is no early end, EOS is a token like others.
+
+        Args:
+            input_ids (`torch.LongTensor`): `(B, L)`, with mask tokens.
+            attention_mask (`torch.Tensor`, *optional*): `(B, L)`, 0 at padding, on either side.
+            generation_config, logits_processor, generator, kwargs: as of [`generate`]; lengths are not used.
+
+        Returns:
+            `torch.LongTensor` `(B, L)`, or [`DSCGenerationOutput`] with `G = L`.
+
+        Raises:
+            `ValueError`: a bad argument, or a row without mask tokens.
+        """
+        config = self._resolve_generation_config(generation_config, kwargs)
+        ids = _check_ids(input_ids, "input_ids", self.config.vocab_size)
+        attention_mask = _check_attention_mask(attention_mask, ids)
+        self._check_length(ids.shape[1], 0)
+        masked = (ids == self.config.mask_token_id) & attention_mask.bool()
+        if not masked.any(1).all():
+            raise ValueError(
+                f"Row {int((~masked.any(1)).nonzero()[0])} of `input_ids` has no mask token "
+                f"({self.config.mask_token_id}) to fill; put some, or leave the row out."
+            )
+        blocks = torch.where(masked, (masked.cumsum(1) - 1) // config.block_length, -1)
+        run = _Run(self, config, ids, 0, _as_generator(generator, ids.device), None)
+        run.start(blocks, attention_mask, logits_processor)
+        return run.output(trim=False)
+
+    def _resolve_generation_config(
+        self, given: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> DSCGenerationConfig:
+        """Arguments of the call over the given config over the model's over the defaults; checked."""
+        config = DSCGenerationConfig() if given is None else copy.deepcopy(given)
+        if not isinstance(config, DSCGenerationConfig):
+            config = DSCGenerationConfig(**{k: v for k, v in given.to_dict().items() if v is not None})
+        config.update(**self.generation_config.to_dict(), defaults_only=True)
+        config.update(**config._get_default_generation_params(), defaults_only=True)
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("synced_gpus", "token_type_ids") or v}
+        if kwargs.get("remasking_score", "") is None:
+            kwargs["remasking_score"] = "none"
+        unknown = [name for name, value in config.update(**kwargs).items() if value is not None]
+        if unknown:
+            raise ValueError(
+                f"`{unknown[0]}={kwargs[unknown[0]]!r}` is no argument of generate(); see DSCGenerationConfig."
+            )
+        if config.max_remasks_per_block is None:
+            config.max_remasks_per_block = config.block_length
+        if config.remasking_score == "head":
+            self.require_trained_head()
+        return config
+
+    def _check_prompt(self, prompt, attention_mask, config, streamer) -> tuple[torch.Tensor, torch.Tensor]:
+        prompt = _check_ids(prompt, "input_ids", self.config.vocab_size)
+        mask = _check_attention_mask(attention_mask, prompt)
+        if (mask[:, :-1] > mask[:, 1:]).any():
+            raise ValueError(
+                "`attention_mask` has zeros behind ones: pad prompts on the left (`padding_side='left'`)."
+            )
+        if not mask[:, -1].all():
+            raise ValueError("`attention_mask` is all zero in a row: a prompt is empty; give it at least one token.")
+        if (prompt == self.config.mask_token_id).any():
+            raise ValueError(
+                f"`input_ids` holds the mask token ({self.config.mask_token_id}), which stands for text to be written; "
+                "use `infill` to fill masks inside a text."
+            )
+        if streamer is not None and len(prompt) * config.num_return_sequences > 1:
+            raise ValueError(f"`streamer` can follow one row only, `input_ids` has {len(prompt)}.")
+        return prompt, mask
+
+    def _check_length(self, length: int, new_tokens: int) -> None:
+        limit = self.max_sequence_length
+        if new_tokens < 1 and length + new_tokens > 0 and new_tokens != 0:
+            raise ValueError(f"`max_length` leaves no room behind a prompt of {length} tokens; use `max_new_tokens`.")
+        if limit is not None and length + new_tokens > limit:
+            raise ValueError(
+                f"`input_ids` of {length} tokens and `max_new_tokens={new_tokens}` exceed the backbone's {limit} "
+                "positions; shorten one of them."
+            )
+
+
+class _Run:
+    """One call of generate() or infill(): collects finished rows and makes the output."""
+
+    def __init__(self, model, config: DSCGenerationConfig, ids, prompt_length: int, generator, streamer):
+        self.model, self.config, self.generator, self.streamer = model, config, generator, streamer
+        self.prompt_length, self.infilling = prompt_length, prompt_length == 0
+        self.criteria = StoppingCriteriaList()
+        self.ids = ids.clone()
+        self.history: list[DecodingStep] | None = [] if config.output_history else None
+        eos = [] if self.infilling or config.eos_token_id is None else config.eos_token_id
+        self.eos = torch.tensor([eos] if isinstance(eos, int) else eos, device=ids.device, dtype=torch.long)
+        self.ends = torch.full((len(ids),), ids.shape[1])  # column behind each row's last token
+        self.forward_passes, self.tokens_remasked = (torch.zeros(len(ids), dtype=torch.long) for _ in range(2))
+        self.errors = torch.full(ids.shape, torch.nan)
+        self.streamed = prompt_length
+
+    def start(self, blocks, attention_mask, logits_processor: LogitsProcessorList | None) -> None:
+        """Decode everything."""
+        config = self.config
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        self.blocks, self.attention_mask, self.positions = blocks, attention_mask, positions
+        self.options = DecodingOptions(
+            mask_token_id=self.model.config.mask_token_id,
+            token_count=self.model.config.token_count,
+            unmasking=FixedUnmasking(config.tokens_per_step),
+            score=config.remasking_score,
+            selection=ThresholdSelection(
+                threshold=config.remask_threshold,
+                top_k=config.remask_top_k,
+                buffer_size=config.remask_buffer_size,
+                max_per_position=config.max_remasks_per_position,
+                max_per_block=config.max_remasks_per_block,
+                strict=config.strict_paper,
+            ),
+            stride=config.remask_stride,
+            scope=config.remask_scope,
+            rescore=config.rescore,
+            verify_block=config.verify_block,
+            sample=config.do_sample,
+            logits_processor=self.model._get_logits_processor(
+                generation_config=config,
+                input_ids_seq_length=self.prompt_length,
+                logits_processor=logits_processor,
+                device=self.ids.device,
+            ),
+            generator=self.generator,
+            history=self.history,
+        )
+        if self.streamer is not None:
+            self.streamer.put(self.ids[:, : self.prompt_length].cpu())
+        canvas = Canvas(self.ids.clone(), blocks, attention_mask, positions)
+        decode(self.model, canvas, self.options, self.finish, self.draft if self.streamer is not None else None)
+        if self.streamer is not None:
+            self.stream(int(self.ends[0]))
+            self.streamer.end()
+
+    def draft(self, canvas: Canvas) -> None:
+        """Show the response as it stands."""
+        if hasattr(self.streamer, "put_draft"):
+            self.streamer.put_draft(canvas.ids[0, self.streamed :].cpu())
+
+    def stream(self, end: int) -> None:
+        """Hand on tokens that can't change any more."""
+        if end > self.streamed:
+            self.streamer.put(self.ids[0, self.streamed : end].cpu())
+            self.streamed = end
+
+    def finish(self, canvas: Canvas, completed: torch.Tensor) -> torch.Tensor:
+        """Keep the state of rows that completed a block; say which have ended by EOS or a stopping criterion."""
+        done = torch.zeros_like(completed)
+        for i in completed.nonzero()[:, 0].tolist():
+            row = int(canvas.rows[i])
+            self.ids[row], self.errors[row] = canvas.ids[i], canvas.errors[i].cpu()
+            self.forward_passes[row] = canvas.forward_passes[i]
+            self.tokens_remasked[row] = canvas.state.remasks[i].sum().cpu()
+            columns = (canvas.blocks[i] == canvas.current[i]).nonzero()[:, 0].tolist()
+            end = None if self.infilling else self._end_of_row(self.ids[row], columns)
+            if end is not None:
+                done[i], self.ends[row] = True, end
+            if self.streamer is not None and self.config.remask_scope == "block":
+                self.stream(end or columns[-1] + 1)
+        return done
+
+    def _end_of_row(self, ids: torch.Tensor, columns: list[int]) -> int | None:
+        """The column behind the token that ends the row, if one in these columns does."""
+        begin = self.prompt_length if self.config.remask_scope == "generated" else columns[0]
+        found = torch.isin(ids[begin : columns[-1] + 1], self.eos).nonzero()[:1, 0].tolist()
+        eos_end = begin + found[0] + 1 if found else None
+        if self.criteria:
+            for column in range(columns[0], columns[-1] + 1):
+                if eos_end is not None and column >= eos_end:
+                    break
+                if bool(self.criteria(ids[None, : column + 1], None).all()):
+                    return column + 1
+        return eos_end
+
+    def output(self, trim: bool) -> torch.LongTensor | DSCGenerationOutput:
+        """Pad what stands behind each row's end and put the output together."""
+        config, columns = self.config, torch.arange(self.ids.shape[1])
+        after = columns >= self.ends[:, None]
+        pad_id = config.pad_token_id
+        if pad_id is None:
+            pad_id = int(self.eos[0]) if len(self.eos) else 0
+        self.ids[after.to(self.ids.device)] = pad_id
+        generated = (self.blocks >= 0).cpu() & ~after
+        width = int(self.ends.max()) if trim else self.ids.shape[1]
+        sequences = self.ids[:, :width]
+        if not config.return_dict_in_generate:
+            return sequences
+        errors = self._error_probabilities(after)
+        if errors is not None:
+            errors = errors.masked_fill(~generated, torch.nan)[:, self.prompt_length : width]
+        return DSCGenerationOutput(
+            sequences=sequences,
+            forward_passes=self.forward_passes,
+            tokens_remasked=self.tokens_remasked,
+            tokens_per_forward=generated.sum(1) / self.forward_passes,
+            error_probabilities=errors,
+            history=None if self.history is None else tuple(self.history),
+        )
+
+    def _error_probabilities(self, after: torch.Tensor) -> torch.Tensor | None:
+        """As last judged or, if asked for, of the finished text by one more forward."""
+        config = self.config
+        if not config.output_error_probabilities:
+            return self.errors if self.options.remasks else None
+        if self.options.score == "none":
+            self.options.score = "head" if self.model.config.head_trained else "visible"
+        mask_id = self.model.config.mask_token_id
+        ids = self.ids.masked_fill(after.to(self.ids.device) & (self.blocks >= 0), mask_id)
+        canvas = Canvas(ids, self.blocks, self.attention_mask, self.positions)
+        everything = slice(0, ids.shape[1])
+        prediction = predict(self.model, canvas, self.options, everything, self.options.score == "head")
+        self.forward_passes += 1
+        return judge(prediction, canvas.written, self.options).cpu()
+
+
+def _one_of(first: str, a: Any, second: str, b: Any) -> Any:
+    if (a is None) == (b is None):
+        raise ValueError(f"Give the prompts as `{first}` or as `{second}`, one of them.")
+    return b if a is None else a
+
+
+def _check_ids(ids: Any, name: str, vocab_size: int) -> torch.Tensor:
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        shape = tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise ValueError(f"`{name}` must be a tensor of token ids `(batch, length)`, got {shape}.")
+    if 0 in ids.shape:
+        raise ValueError(f"`{name}` of shape {tuple(ids.shape)} is empty; give at least one token.")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise ValueError(
+            f"`{name}` has ids from {int(ids.min())} to {int(ids.max())}; the backbone knows 0 to {vocab_size - 1}."
+        )
+    return ids.long()
+
+
+def _check_attention_mask(mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
+    if mask is None:
+        return torch.ones_like(ids)
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"`attention_mask` of shape {tuple(mask.shape)} must have that of the ids, {tuple(ids.shape)}."
+        )
+    return mask.long()
+
+
+def _as_generator(generator: torch.Generator | int | None, device: torch.device) -> torch.Generator | None:
+    return torch.Generator(device).manual_seed(generator) if isinstance(generator, int) else generator
+
+
+def _criteria_config(config: DSCGenerationConfig) -> GenerationConfig:
+    """What transformers makes stopping criteria from: not lengths and EOS, which the loop handles itself."""
+    criteria = GenerationConfig(max_time=config.max_time, stop_strings=config.stop_strings)
+    criteria._eos_token_tensor = None
+    return criteria
+
+
+__all__ = ["DSCGenerationConfig", "DSCGenerationOutput"]

@@ -1,0 +1,466 @@
+"""DSCForMaskedDiffusion: a frozen masked diffusion LM with a correction head, its forward pass, saving and loading."""
+
+from __future__ import annotations
+
+import copy
+import os
+import posixpath
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
+
+from .backbones import (
+    accepts_position_ids,
+    align_logits,
+    auto_class_of,
+    check_token_id,
+    find_tokenizer,
+    freeze,
+    load_backbone,
+    mask_token_id_of,
+    max_positions,
+    position_offset,
+    refuse_incomplete,
+    transformer_blocks,
+)
+from .configuration_dsc import DSCConfig
+from .correction_head import CorrectionHead, reread_inputs
+from .generation_dsc import DSCGenerationConfig, DSCGenerationMixin
+
+logger = logging.get_logger(__name__)
+
+HEAD_ARGUMENTS = ("tap_layer", "rms_norm_eps", "rope_theta", "initializer_range")
+LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
+
+
+@dataclass
+class DSCOutput(ModelOutput):
+    """Output of [`DSCForMaskedDiffusion.forward`].
+
+    Args:
+        loss (`torch.Tensor`, *optional*): scalar, eq. 4.1, if `labels` were given.
+        logits (`torch.Tensor`): `(B, L, V)`, position `i` predicts token `i`.
+        error_logits (`torch.Tensor`, *optional*): `(B, L)`, the logit that token `i` is *correct*:
+            `P_error = sigmoid(-error_logits)`. None if the head was not asked.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    error_logits: torch.Tensor | None = None
+
+
+def correction_loss(error_logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of eq. 4.1, summed.
+
+    Args:
+        error_logits (`torch.Tensor`): `(B, L)`, logits for *correct*.
+        targets (`torch.Tensor`): `(B, L)`, 1 for correct, 0 for wrong, or a probability.
+        counted (`torch.BoolTensor`): `(B, L)`, visible response positions.
+
+    Returns:
+        `torch.Tensor`: scalar.
+    """
+    losses = nn.functional.binary_cross_entropy_with_logits(error_logits, targets.float(), reduction="none")
+    return (losses * counted).sum()
+
+
+class DSCForMaskedDiffusion(DSCGenerationMixin, PreTrainedModel):
+    """A masked diffusion LM that can take mistakes back (Decoupled Self-Correction, arXiv 2601.06428).
+
+    The backbone is frozen and always in eval mode; only the correction head has gradients. Make one with
+    [`~DSCForMaskedDiffusion.from_backbone`], load one with [`~DSCForMaskedDiffusion.from_pretrained`].
+
+    Args:
+        config ([`DSCConfig`]): with `base_config` set, the backbone is built too (its weights come from the checkpoint);
+            otherwise it is attached later.
+    """
+
+    config_class = DSCConfig
+    generation_config_class = DSCGenerationConfig
+    base_model_prefix = "dsc"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["CorrectionHead"]
+    _keep_in_fp32_modules_strict = ["correction_head"]
+
+    def __init__(self, config: DSCConfig):
+        super().__init__(config)
+        self.correction_head = CorrectionHead(config)
+        self.backbone: PreTrainedModel | None = None
+        if config.base_config is not None:
+            base_config = AutoConfig.for_model(**copy.deepcopy(config.base_config))
+            self.backbone = auto_class_of(base_config).from_config(base_config)
+        self.post_init()
+        if self.backbone is not None:
+            freeze(self.backbone)
+
+    # Making one
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | os.PathLike | PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        mask_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> DSCForMaskedDiffusion:
+        """Wrap a diffusion LM with a fresh, untrained correction head.
+
+        Args:
+            backbone (`str` or `PreTrainedModel`): folder, Hub id, or a loaded stock model.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): names the mask token and how many ids are tokens; by
+                default the one beside the backbone.
+            mask_token_id (`int`, *optional*): instead of the config's or tokenizer's.
+            kwargs: arguments of the head ([`DSCConfig`]: `tap_layer`, `head_hidden_size`, `head_num_layers`, ...); all
+                others go to the backbone's `from_pretrained` (`revision`, `dtype`, `device_map`, ...).
+
+        Raises:
+            `ValueError`: the backbone can't be used or is not there, a layer is outside it, the mask is unknown.
+        """
+        head_arguments = {k: kwargs.pop(k) for k in list(kwargs) if k.startswith("head_") or k in HEAD_ARGUMENTS}
+        unknown = [k for k in head_arguments if k not in DSCConfig.__dataclass_fields__ or k == "head_trained"]
+        if unknown:
+            raise ValueError(f"`{unknown[0]}` is no argument of the correction head; see DSCConfig.")
+        name = None if isinstance(backbone, PreTrainedModel) else os.fspath(backbone)
+        revision = kwargs.get("revision")
+        if name is not None:
+            if tokenizer is None:
+                where = {k: kwargs[k] for k in (*LOCATION_ARGUMENTS, "revision") if k in kwargs}
+                tokenizer = find_tokenizer(name, **where)
+            model = load_backbone(name, **kwargs)
+        elif kwargs:
+            raise ValueError(f"`{next(iter(kwargs))}` can't be applied to a backbone that is already loaded.")
+        else:
+            model, name = backbone, backbone.name_or_path or None
+            auto_class_of(model.config, type(model).__name__)
+        if mask_token_id is None:
+            mask_token_id = mask_token_id_of(model, tokenizer)
+        text_config = model.config.get_text_config()
+        config = DSCConfig(
+            base_model_name_or_path=name,
+            base_model_revision=revision,
+            mask_token_id=check_token_id(model, "mask_token_id", mask_token_id),
+            logits_shift=getattr(model.config, "logits_shift", 0),
+            token_count=None if tokenizer is None else len(tokenizer),
+            vocab_size=model.get_input_embeddings().weight.shape[0],
+            backbone_hidden_size=text_config.hidden_size,
+            backbone_num_layers=len(transformer_blocks(model)),
+            **{
+                f"{kind}_token_id": _first_set(f"{kind}_token_id", tokenizer, model.generation_config, model.config)
+                for kind in ("eos", "pad", "bos")
+            },
+            **head_arguments,
+        )
+        config._attn_implementation = model.config._attn_implementation
+        wrapped = cls(config)
+        wrapped.attach_backbone(model)
+        return wrapped
+
+    def attach_backbone(self, backbone: PreTrainedModel) -> None:
+        """Put a loaded backbone under the head, freeze it, and move the head to the tapped block's device.
+
+        Raises:
+            `ValueError`: its shapes are not those the head was made for.
+        """
+        blocks = transformer_blocks(backbone)
+        found = {
+            "backbone_hidden_size": backbone.config.get_text_config().hidden_size,
+            "backbone_num_layers": len(blocks),
+            "vocab_size": backbone.get_input_embeddings().weight.shape[0],
+        }
+        for field, value in found.items():
+            if getattr(self.config, field) != value:
+                raise ValueError(
+                    f"The head was made for a backbone with `{field}={getattr(self.config, field)}`, this one has "
+                    f"{value}: it is another model than the head was trained on."
+                )
+        self.backbone = freeze(backbone)
+        tied = getattr(backbone, "all_tied_weights_keys", None) or {}
+        self.all_tied_weights_keys.update({f"backbone.{k}": f"backbone.{v}" for k, v in tied.items()})
+        self._no_split_modules |= set(getattr(backbone, "_no_split_modules", None) or [])
+        self._keys_to_ignore_on_save = {f"backbone.{name}" for name in backbone.state_dict()}
+        device = next(blocks[self.config.tap_layer].parameters()).device
+        if device.type != "meta":
+            self.correction_head.to(device)
+
+    def train(self, mode: bool = True) -> DSCForMaskedDiffusion:
+        """Put the head in training mode; the backbone stays in eval mode."""
+        super().train(mode)
+        if self.backbone is not None:
+            self.backbone.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's token embeddings."""
+        return self._attached_backbone().get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The backbone's LM head."""
+        return None if self.backbone is None else self.backbone.get_output_embeddings()
+
+    def _attached_backbone(self) -> PreTrainedModel:
+        if self.backbone is None:
+            raise ValueError(
+                "This model has a head but no backbone; use `from_pretrained`, or `attach_backbone(backbone)`."
+            )
+        return self.backbone
+
+    # Reading
+
+    def read(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One forward of the frozen backbone.
+
+        Returns:
+            `tuple`: logits `(B, L, V)`, position `i` predicting token `i`, and the tapped states `(B, L, D)`.
+        """
+        backbone, tapped = self._attached_backbone(), []
+
+        def tap(module, arguments, output):
+            tapped.append(output[0] if isinstance(output, tuple) else output)
+
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if position_ids is not None and accepts_position_ids(backbone):
+            inputs["position_ids"] = position_ids + position_offset(backbone)
+        handle = transformer_blocks(backbone)[self.config.tap_layer].register_forward_hook(tap)
+        try:
+            with torch.no_grad():
+                logits = backbone(**inputs).logits
+        finally:
+            handle.remove()
+        return align_logits(logits, self.config.logits_shift), tapped[-1]
+
+    def score(
+        self,
+        input_ids: torch.LongTensor,
+        logits: torch.Tensor,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+    ) -> torch.Tensor:
+        """The head's logits for *correct*, `(B, L)`, from what [`read`] returned for the same inputs."""
+        reread = reread_inputs(logits, input_ids, self.config.mask_token_id) if self.config.head_reread else None
+        return self.correction_head(hidden_states, reread, attention_mask, position_ids)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        output_error_logits: bool | None = None,
+        return_dict: bool = True,
+    ) -> DSCOutput | tuple:
+        """Predict every token and, with the head, how likely each visible one is wrong.
+
+        Args:
+            input_ids (`torch.LongTensor`): `(B, L)`, mask tokens where nothing is written yet.
+            attention_mask (`torch.Tensor`, *optional*): `(B, L)`, 0 at padding.
+            position_ids (`torch.LongTensor`, *optional*): `(B, L)`, counted from 0; needed with left padding.
+            labels (`torch.LongTensor`, *optional*): `(B, L)`, the correct ids, -100 where there is no loss. The loss is
+                the mean of eq. 4.1 over visible labelled positions; the backbone gets no gradient.
+            output_error_logits (`bool`, *optional*): ask the head; by default if it has been trained.
+            return_dict (`bool`): return a [`DSCOutput`] instead of a tuple.
+
+        Raises:
+            `ValueError`: scores were asked of an untrained head.
+        """
+        if output_error_logits and labels is None:
+            self.require_trained_head()
+        logits, hidden_states = self.read(input_ids, attention_mask, position_ids)
+        error_logits = loss = None
+        if labels is not None or (self.config.head_trained if output_error_logits is None else output_error_logits):
+            error_logits = self.score(input_ids, logits, hidden_states, attention_mask, position_ids)
+        if labels is not None:
+            counted = (labels != -100) & (input_ids != self.config.mask_token_id)
+            loss = correction_loss(error_logits, input_ids == labels, counted) / counted.sum().clamp(min=1)
+        output = DSCOutput(loss=loss, logits=logits, error_logits=error_logits)
+        return output if return_dict else output.to_tuple()
+
+    def require_trained_head(self) -> None:
+        """Raise a `ValueError` if the head has not been trained."""
+        if not self.config.head_trained:
+            raise ValueError(
+                "The correction head is untrained, its scores would be noise: train it with CorrectionHeadTrainer, or "
+                "use `remasking_score='visible'`, which needs no training."
+            )
+
+    # Saving and loading
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        config: DSCConfig | None = None,
+        backbone: PreTrainedModel | None = None,
+        head_dtype: torch.dtype | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ):
+        """Load a head with its backbone, from a head-only or a merged checkpoint.
+
+        Args:
+            pretrained_model_name_or_path (`str`): folder or Hub id.
+            config ([`DSCConfig`], *optional*): instead of the stored one.
+            backbone (`PreTrainedModel`, *optional*): use this loaded backbone instead of the one that is named.
+            head_dtype (`torch.dtype`, *optional*): precision of the head; fp32 by default.
+            kwargs: as of [`~transformers.PreTrainedModel.from_pretrained`]: `dtype`, `device_map`,
+                `quantization_config` and `attn_implementation` are for the backbone, `revision` is the head's (the
+                backbone's own is in the config).
+
+        Raises:
+            `ValueError`: the checkpoint is incomplete or corrupt, or the backbone is missing or another one.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        where = {k: kwargs[k] for k in LOCATION_ARGUMENTS if k in kwargs}
+        if not isinstance(config, DSCConfig):
+            sources = {k: kwargs[k] for k in ("revision", "subfolder") if k in kwargs}
+            config = DSCConfig.from_pretrained(config or name, **where, **sources)
+        if config.backbone_hidden_size is None or config.mask_token_id is None:
+            raise ValueError(f"The config of {name!r} lacks `backbone_hidden_size` or `mask_token_id`; save it again.")
+        head_kwargs = dict(kwargs)
+        if config.base_config is None:
+            backbone_kwargs = {
+                k: head_kwargs.pop(k)
+                for k in (
+                    "dtype",
+                    "torch_dtype",
+                    "device_map",
+                    "quantization_config",
+                    "attn_implementation",
+                    "max_memory",
+                )
+                if k in kwargs
+            }
+            if "attn_implementation" not in backbone_kwargs and config._attn_implementation is not None:
+                backbone_kwargs["attn_implementation"] = config._attn_implementation
+            if backbone is None:
+                backbone = cls._load_named_backbone(name, config, {**where, **backbone_kwargs})
+            config._attn_implementation = backbone.config._attn_implementation
+        head_kwargs.update(config=config, use_safetensors=True, output_loading_info=True)
+        try:
+            model, info = super().from_pretrained(name, *model_args, **head_kwargs)
+        except RuntimeError as error:
+            raise ValueError(f"The checkpoint {name!r} does not fit its config.json: {error}") from error
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise ValueError(f"The weights of {name!r} are corrupt ({error}); fetch them again.") from error
+        refuse_incomplete(name, info)
+        if config.base_config is None:
+            model.attach_backbone(backbone)
+        freeze(model._attached_backbone())
+        if head_dtype is not None:
+            model.correction_head.to(head_dtype)
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _load_named_backbone(cls, name: str, config: DSCConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
+        base = config.base_model_name_or_path
+        if base is None:
+            raise ValueError(
+                f"The head-only checkpoint {name!r} names no backbone; pass `backbone=` a loaded model, or set "
+                "`base_model_name_or_path` in its config.json."
+            )
+        if base.startswith("../"):
+            base = (
+                os.path.normpath(os.path.join(name, base))
+                if os.path.isdir(name)
+                else posixpath.normpath(posixpath.join(name, base))
+            )
+        if config.base_model_revision is not None:
+            kwargs["revision"] = config.base_model_revision
+        return load_backbone(base, **kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, merge_backbone: bool | None = None, **kwargs: Any
+    ) -> None:
+        """Save the head, or head and backbone; files are written aside and renamed when all are whole.
+
+        Args:
+            save_directory (`str`): the folder.
+            merge_backbone (`bool`, *optional*): save the backbone's weights too. By default only if they came from a
+                merged checkpoint.
+            kwargs: as of [`~transformers.PreTrainedModel.save_pretrained`].
+        """
+        target = Path(save_directory)
+        if target.is_file():
+            raise ValueError(f"`save_directory={str(target)!r}` is a file; name a folder.")
+        merge = self.config.base_config is not None if merge_backbone is None else merge_backbone
+        push = kwargs.pop("push_to_hub", False)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            with self._config_for_saving(merge):
+                super().save_pretrained(aside, **kwargs)
+            target.mkdir(exist_ok=True)
+            written = sorted(aside.iterdir(), key=lambda path: path.suffix == ".json")  # weights before configs
+            for path in written:
+                os.replace(path, target / path.name)
+            names = {path.name for path in written}
+            for old in target.glob("model*.safetensors*"):  # shards of an older, larger checkpoint
+                if old.name not in names and names & {"model.safetensors", "model.safetensors.index.json"}:
+                    old.unlink()
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        if push:
+            self.push_to_hub(kwargs.pop("repo_id", target.name), merge_backbone=merge)
+
+    @contextmanager
+    def _config_for_saving(self, merge: bool) -> Iterator[None]:
+        """Make config, ignored keys and generation defaults those of the kind of checkpoint that is written."""
+        config, ignored = self.config, self._keys_to_ignore_on_save
+        kept = config.base_config, self.generation_config
+        if merge:
+            backbone = self._attached_backbone()
+            config.base_config = {**backbone.config.to_dict(), "architectures": [type(backbone).__name__]}
+            self._keys_to_ignore_on_save = set()
+        else:
+            config.base_config = None
+            if self.backbone is not None:
+                self._keys_to_ignore_on_save = {f"backbone.{name}" for name in self.backbone.state_dict()}
+            if config.base_model_name_or_path is None:
+                logger.warning_once(
+                    "The saved head names no backbone: load it with `from_pretrained(..., backbone=model)`, or save "
+                    "with `merge_backbone=True`."
+                )
+        if self.generation_config.do_sample is None:  # else `pipeline` samples at temperature 0.7
+            self.generation_config = copy.deepcopy(self.generation_config)
+            self.generation_config.do_sample = False
+        try:
+            yield
+        finally:
+            config.base_config, self.generation_config = kept
+            self._keys_to_ignore_on_save = ignored
+
+    @property
+    def max_sequence_length(self) -> int | None:
+        """How many tokens prompt and response may have together, or None if the backbone sets no limit."""
+        return max_positions(self._attached_backbone())
+
+
+def _first_set(name: str, *sources: Any) -> Any:
+    """The first value of an attribute that is not None."""
+    return next((value for source in sources if (value := getattr(source, name, None)) is not None), None)
+
+
+__all__ = ["DSCForMaskedDiffusion", "DSCOutput"]
