@@ -1,4 +1,4 @@
-"""generate() and infill(): arguments, checks, outputs. The loop itself is in `decoding.py`."""
+"""generate() and infill(): checks of prompts, rows that finish, outputs. The loop itself is in `decoding.py`."""
 
 from __future__ import annotations
 
@@ -18,148 +18,9 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import ModelOutput
 
 from .decoding import Canvas, DecodingOptions, DecodingStep, decode, judge, predict
-from .remasking import SCORES, ThresholdSelection
+from .generation_config_dsc import DSCGenerationConfig
+from .remasking import ThresholdSelection
 from .unmasking import FixedUnmasking
-
-UNSUPPORTED = {
-    "assistant_early_exit": None,
-    "begin_suppress_tokens": None,
-    "cache_implementation": None,
-    "constraints": None,
-    "dola_layers": None,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0,
-    "exponential_decay_length_penalty": None,
-    "force_words_ids": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "guidance_scale": None,
-    "is_assistant": False,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "no_repeat_ngram_size": 0,
-    "num_beam_groups": 1,
-    "num_beams": 1,
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "output_logits": False,
-    "output_scores": False,
-    "penalty_alpha": None,
-    "prompt_lookup_num_tokens": None,
-    "sequence_bias": None,
-    "token_healing": False,
-    "watermarking_config": None,
-}
-"""Arguments of `GenerationConfig` that mean nothing here, with the values that ask for nothing."""
-
-
-class DSCGenerationConfig(GenerationConfig):
-    """How to decode. Unset arguments (`None`) take the model's `generation_config.json`, then the defaults named here.
-
-    Args:
-        max_new_tokens (`int`, defaults to 128): longest response, in tokens. (`max_length` counts the prompt too.)
-        block_length (`int`, defaults to 32): tokens in a block; blocks are completed from left to right.
-        tokens_per_step (`int`, defaults to 1): `k`, masks to fill in each forward pass.
-        remasking_score (`str`, defaults to `"none"`): how wrong each written token looks: `"head"` (the trained head),
-            `"visible"` (1 - probability of the token in this forward), `"written"` (1 - its probability when written),
-            `"random"`, or `"none"` for plain decoding.
-        remask_stride (`int`, defaults to 1): `d`, judge in every d-th step of a block (`n % d == d - 1`).
-        remask_threshold (`float`, defaults to 0.5): `tau`, take back tokens with a higher error probability.
-        remask_top_k (`int`, *optional*): `K`, at most so many a step, the worst first; None for no limit, 0 for none.
-        remask_buffer_size (`int`, defaults to 0): `B`, leave the last `B` remasked positions of the block alone.
-        remask_scope (`str`, defaults to `"block"`): judge tokens of the current block, or of all `"generated"` so far.
-        max_remasks_per_position (`int`, *optional*): how often one position may be taken back; None for no limit.
-        max_remasks_per_block (`int`, defaults to `block_length`): remasks in one block; then it is decoded plainly.
-        rescore (`bool`, defaults to `False`): spend one more, counted forward to judge the updated sequence.
-        verify_block (`bool`, defaults to `False`): judge each finished block once more before it is committed; costs a
-            counted forward a block.
-        strict_paper (`bool`, defaults to `False`): select the top `K` before threshold and buffer, as algorithm 1 is
-            printed.
-        output_error_probabilities (`bool`, defaults to `False`): spend one counted forward on the finished text, so that
-            every token has an error probability. Without it, tokens that were never judged have NaN.
-        output_history (`bool`, defaults to `False`): keep every step.
-        kwargs: sampling, stopping and output arguments of [`~transformers.GenerationConfig`]: `do_sample`,
-            `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `suppress_tokens`, `bad_words_ids`,
-            `stop_strings`, `max_time`, `num_return_sequences`, `return_dict_in_generate`, special tokens.
-
-    Raises:
-        `ValueError`: an argument is unknown, out of range, or belongs to autoregressive decoding only.
-    """
-
-    def __init__(self, **kwargs: Any):
-        for name in self._dsc_defaults():
-            setattr(self, name, kwargs.pop(name, None))
-        known = set(vars(GenerationConfig())) | {"_commit_hash", "_from_auto", "_from_pipeline"}
-        unknown = sorted(set(kwargs) - known)
-        if unknown:
-            raise ValueError(
-                f"`{unknown[0]}={kwargs[unknown[0]]!r}` is no argument of generate(); see DSCGenerationConfig."
-            )
-        super().__init__(**kwargs)
-
-    @staticmethod
-    def _dsc_defaults() -> dict[str, Any]:
-        return {
-            "block_length": 32,
-            "tokens_per_step": 1,
-            "remasking_score": "none",
-            "remask_stride": 1,
-            "remask_threshold": 0.5,
-            "remask_top_k": None,
-            "remask_buffer_size": 0,
-            "remask_scope": "block",
-            "max_remasks_per_position": None,
-            "max_remasks_per_block": None,
-            "rescore": False,
-            "verify_block": False,
-            "strict_paper": False,
-            "output_error_probabilities": False,
-            "output_history": False,
-        }
-
-    @classmethod
-    def _get_default_generation_params(cls) -> dict[str, Any]:
-        others = ("do_sample", "temperature", "top_p", "num_return_sequences", "return_dict_in_generate")
-        parent = GenerationConfig._get_default_generation_params()
-        return {**{k: parent[k] for k in others}, **cls._dsc_defaults()}
-
-    @classmethod
-    def from_model_config(cls, model_config) -> DSCGenerationConfig:
-        """Only the special tokens: nothing else in a model's config is about decoding."""
-        return cls(**{k: getattr(model_config, k, None) for k in ("bos_token_id", "eos_token_id", "pad_token_id")})
-
-    def validate(self, **kwargs: Any) -> None:
-        """Check every argument.
-
-        Raises:
-            `ValueError`: naming the argument, what was given and what would do.
-        """
-        for name, neutral in UNSUPPORTED.items():
-            if getattr(self, name, None) not in (None, neutral):
-                raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` has no meaning for diffusion decoding; leave it unset."
-                )
-        lowest = {"block_length": 1, "tokens_per_step": 1, "remask_stride": 1, "max_new_tokens": 1, "max_length": 1}
-        lowest |= {"num_return_sequences": 1, "remask_top_k": 0, "remask_buffer_size": 0}
-        lowest |= {"max_remasks_per_position": 0, "max_remasks_per_block": 0}
-        for name, low in lowest.items():
-            value = getattr(self, name, None)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-                raise ValueError(f"`{name}={value!r}` must be an integer of at least {low}.")
-        for name in ("rescore", "verify_block", "strict_paper", "output_error_probabilities", "output_history"):
-            if getattr(self, name, None) not in (None, True, False):
-                raise ValueError(f"`{name}={getattr(self, name)!r}` must be True or False.")
-        for name, choices in (("remasking_score", ["none", *SCORES]), ("remask_scope", ["block", "generated"])):
-            if getattr(self, name, None) not in (None, *choices):
-                raise ValueError(f"`{name}={getattr(self, name)!r}` must be one of {choices}.")
-        threshold = getattr(self, "remask_threshold", None)
-        if threshold is not None and (
-            isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold >= 0
-        ):
-            raise ValueError(
-                f"`remask_threshold={threshold!r}` must be a probability: 0 takes back every token, 1 none."
-            )
-        super().validate(**kwargs)
 
 
 @dataclass
@@ -514,4 +375,4 @@ def _criteria_config(config: DSCGenerationConfig) -> GenerationConfig:
     return criteria
 
 
-__all__ = ["DSCGenerationConfig", "DSCGenerationOutput"]
+__all__ = ["DSCGenerationMixin", "DSCGenerationOutput"]

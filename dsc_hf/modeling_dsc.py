@@ -35,7 +35,8 @@ from .backbones import (
 )
 from .configuration_dsc import DSCConfig
 from .correction_head import CorrectionHead, reread_inputs
-from .generation_dsc import DSCGenerationConfig, DSCGenerationMixin
+from .generation_config_dsc import DSCGenerationConfig
+from .generation_dsc import DSCGenerationMixin
 
 logger = logging.get_logger(__name__)
 
