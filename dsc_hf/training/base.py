@@ -80,7 +80,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 class DiffusionTrainer(Trainer):
-    """Base of the trainers: subclasses compute a loss *sum* over labelled tokens in `loss_sum`."""
+    """Base of the trainers: subclasses say how rows are corrupted and what the loss of each token is."""
 
     args: DiffusionTrainingArguments
 
@@ -91,24 +91,39 @@ class DiffusionTrainer(Trainer):
         self._draws: tuple[Any, int] = (None, 0)
         self._saving_dir: str | None = None
 
-    def loss_sum(self, model: nn.Module, inputs: dict[str, torch.Tensor], generator: torch.Generator):
-        """The loss summed over the batch, the number of tokens to divide it by, and the outputs to return."""
+    def corrupt(self, inputs: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Turn clean rows into what the model is trained on; `counted` `(B, L)` marks the tokens to average over."""
         raise NotImplementedError
 
+    def loss_sum(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        """The loss of corrupted rows, summed over their tokens, and the model's outputs."""
+        raise NotImplementedError
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Corrupt all micro-batches of a step here, so that the loss can be averaged over exactly their tokens."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [self._corrupt(batch, training=True) for batch in batches]
+        if not batches:
+            return batches, None
+        items = torch.stack([batch["counted"].sum() for batch in batches]).sum().to(self.args.device)
+        return batches, self.accelerator.gather(items).sum().clamp(min=1)
+
+    def _corrupt(self, inputs: dict[str, torch.Tensor], training: bool) -> dict[str, torch.Tensor]:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.corrupt(self._prepare_inputs(inputs), self.make_generator(training))
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss over the tokens of the global batch (all micro-batches and processes)."""
-        total, items, outputs = self.loss_sum(model, inputs, self.make_generator(model.training))
-        if model.training and num_items_in_batch is not None:
-            loss = total / num_items_in_batch
-            if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes
+        """The loss averaged over the tokens of the global batch: all micro-batches and processes."""
+        total, outputs = self.loss_sum(model, inputs)
+        if num_items_in_batch is not None:
+            loss = total * self.accelerator.num_processes / num_items_in_batch  # gradients are averaged afterwards
         else:
-            loss = total / max(items, 1)
+            loss = total / inputs["counted"].sum().clamp(min=1)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Only the loss: logits of a whole evaluation set would not fit in memory."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._corrupt(inputs, training=False)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
 

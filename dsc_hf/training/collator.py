@@ -23,6 +23,9 @@ class PromptResponseCollator:
     *EOS rule* says how many of these EOS tokens are ordinary response tokens; later ones stand in the sequence, are
     never masked and carry no loss.
 
+    Rows of `prompt_ids` and `state_ids` (states of decoding, see [`~dsc_hf.evaluation.collect_states`]) are laid out as
+    they are; the batch then has `is_state` too.
+
     Args:
         tokenizer (`PreTrainedTokenizerBase`): needs an EOS token.
         max_length (`int`): where the window of every row ends, in tokens of prompt and response.
@@ -53,7 +56,9 @@ class PromptResponseCollator:
             raise ValueError(f"`maskable_eos={rule!r}` must be a number of at least 1, 'random', or None for all.")
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        laid_out = [self._lay_out(row["prompt_ids"], row["response_ids"]) for row in rows]
+        states = "state_ids" in rows[0]
+        lay_out = self._lay_out_state if states else self._lay_out
+        laid_out = [lay_out(row["prompt_ids"], row["state_ids" if states else "response_ids"]) for row in rows]
         length = max(len(ids) for ids, _ in laid_out)
         pad = self.tokenizer.pad_token_id
         shape = (len(rows), length)
@@ -63,7 +68,12 @@ class PromptResponseCollator:
             input_ids[i, : len(ids)] = torch.tensor(ids)
             labels[i, : len(ids)] = torch.tensor(row_labels)
             attention_mask[i, : len(ids)] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return {**batch, "is_state": torch.ones(len(rows), dtype=torch.bool)} if states else batch
+
+    @staticmethod
+    def _lay_out_state(prompt: list[int], state: list[int]) -> tuple[list[int], list[int]]:
+        return [*prompt, *state], [IGNORE_INDEX] * len(prompt) + list(state)
 
     def _lay_out(self, prompt: list[int], response: list[int]) -> tuple[list[int], list[int]]:
         window = self.max_length - len(prompt)

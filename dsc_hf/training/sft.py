@@ -56,11 +56,17 @@ class MaskedDiffusionTrainer(DiffusionTrainer):
         self.mask_token_id = mask_token_id_of(model, kwargs.get("processing_class"))
         super().__init__(model=model, args=args, **kwargs)
 
-    def loss_sum(self, model, inputs, generator):
-        """Eq. 3.1 over one batch; see [`masked_diffusion_loss`]."""
+    def corrupt(self, inputs, generator):
+        """Draw `t` and mask: the forward process."""
         input_ids, labels = inputs["input_ids"], inputs["labels"]
         maskable = labels != IGNORE_INDEX
-        times = draw_times(len(input_ids), self.args.eps, 1.0, generator, self.args.stratified_times, input_ids.device)
+        args = self.args
+        times = draw_times(len(input_ids), args.eps, 1.0, generator, args.stratified_times, input_ids.device)
         corrupted, masked = mask_tokens(input_ids, maskable, times, self.mask_token_id, generator)
-        logits = aligned_logits(model, corrupted, inputs["attention_mask"])
-        return masked_diffusion_loss(logits, labels, masked, times), maskable.sum(), {"logits": logits}
+        return {**inputs, "input_ids": corrupted, "masked": masked, "times": times, "counted": maskable}
+
+    def loss_sum(self, model, inputs):
+        """Eq. 3.1 over one batch; see [`masked_diffusion_loss`]."""
+        logits = aligned_logits(model, inputs["input_ids"], inputs["attention_mask"])
+        loss = masked_diffusion_loss(logits, inputs["labels"], inputs["masked"], inputs["times"])
+        return loss, {"logits": logits}

@@ -200,3 +200,16 @@ class AnswerChecker:
         """Whether the number after the last `####` is right."""
         words = [w for w in self.tokenizer.convert_ids_to_tokens(self._response(tokens)) if w != "[EOS]"]
         return " ".join(words).rpartition("####")[2].split() == _digits(problem.answer)
+
+
+def judge(tokenizer: PreTrainedTokenizerFast):
+    """For `examples/train_head.py --judge`: which tokens of a half-written response are wrong."""
+    checker = AnswerChecker(tokenizer)
+
+    def wrong(prompt_ids: list[int], state_ids: list[int]) -> np.ndarray:
+        problem = parse_prompt(tokenizer.decode(prompt_ids))
+        result = np.zeros(len(state_ids), dtype=bool)
+        result[: checker.length] = checker.wrong_tokens(problem, state_ids)
+        return result
+
+    return wrong

@@ -1,0 +1,6 @@
+"""Measuring: detection quality of scores on the states that decoding visits."""
+
+from .detection import detection_quality, score_states
+from .states import collect_states
+
+__all__ = ["collect_states", "detection_quality", "score_states"]

@@ -1,0 +1,126 @@
+"""Texts with the model's own mistakes in them, for the correction head to find."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..unmasking import rank
+from .corruption import draw_blocks, draw_times, mask_tokens
+
+
+@dataclass
+class Artifacts:
+    """A batch for the head to judge. All `(B, L)`.
+
+    Args:
+        ids (`torch.LongTensor`): `z_t`, partly masked, with artifacts.
+        correct (`torch.BoolTensor`): `z_t == x_0`.
+        counted (`torch.BoolTensor`): visible response positions: those that carry loss.
+        written (`torch.BoolTensor`): the positions `M'` that the model has written.
+    """
+
+    ids: torch.Tensor
+    correct: torch.Tensor
+    counted: torch.Tensor
+    written: torch.Tensor
+
+
+@dataclass
+class FutureContextAugmentation:
+    """Look-back artifacts (arXiv 2601.06428, section 4.2, "Future-Context Augmentation").
+
+    For each row: mask at time `t`; mask visible tokens again up to `t + t'`; let the model predict what it would have
+    written then, with less context; write `k` of these predictions into `x_t`. The head sees tokens that were written in
+    the past of the context they now stand in, as at decoding.
+
+    Args:
+        mask_token_id (`int`): the mask token.
+        min_artifacts (`int`), max_artifacts (`int`): `k` is drawn between them for each row; equal ones are the paper's.
+        literal (`bool`): take `M'` from all positions masked at `t + t'`, as the formula reads, instead of from those that
+            are visible at `t`.
+        block_length (`int`, *optional*): shape the corruption like semi-autoregressive decoding: earlier blocks
+            visible, one at `t`, later ones masked.
+        block_share (`float`): share of rows that are shaped so, if `block_length` is given.
+        sample_share (`float`): share of rows whose artifacts are sampled from the model; the others take its best guess.
+        by_confidence (`bool`): take the most confident predictions, as decoding would, instead of random ones.
+        eps (`float`): smallest time.
+        stratified (`bool`): spread the times evenly over the batch.
+    """
+
+    mask_token_id: int
+    min_artifacts: int = 1
+    max_artifacts: int = 8
+    literal: bool = False
+    block_length: int | None = None
+    block_share: float = 1.0
+    sample_share: float = 0.0
+    by_confidence: bool = False
+    eps: float = 1e-3
+    stratified: bool = True
+
+    def __post_init__(self):
+        if not 1 <= self.min_artifacts <= self.max_artifacts:
+            raise ValueError(
+                f"`min_artifacts={self.min_artifacts}` and `max_artifacts={self.max_artifacts}` must be at least 1 and "
+                "in this order."
+            )
+        for name in ("block_share", "sample_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}={getattr(self, name)}` must lie between 0 and 1.")
+        if self.block_length is not None and self.block_length < 1:
+            raise ValueError(f"`block_length={self.block_length}` must be at least 1, or None for the whole response.")
+
+    def __call__(
+        self,
+        x0: torch.Tensor,
+        response_mask: torch.Tensor,
+        predict: Callable[[torch.Tensor], torch.Tensor],
+        generator: torch.Generator | None = None,
+    ) -> Artifacts:
+        """Make artifacts.
+
+        Args:
+            x0 (`torch.LongTensor`): `(B, L)`, clean ids.
+            response_mask (`torch.BoolTensor`): `(B, L)`, maskable response positions.
+            predict (`Callable`): ids `(B, L)` to aligned logits `(B, L, V)`.
+            generator (`torch.Generator`, *optional*): source of randomness.
+        """
+        batch, device = len(x0), x0.device
+
+        def uniform() -> torch.Tensor:
+            return torch.rand(batch, generator=generator, device=device)
+
+        region, later = response_mask, torch.zeros_like(response_mask)
+        if self.block_length is not None:
+            shaped = (uniform() < self.block_share)[:, None]
+            block, after = draw_blocks(response_mask, self.block_length, generator)
+            region, later = torch.where(shaped, block, region), shaped & after
+        drawn = torch.randint(
+            self.min_artifacts, self.max_artifacts + 1, (batch,), generator=generator, device=device
+        )
+        dt = (drawn / region.sum(1).clamp(min=1)).clamp(max=1 - 2 * self.eps)
+        unit = draw_times(batch, 0.0, 1.0, generator, self.stratified, device)
+        t = self.eps + (1 - dt - self.eps) * unit  # U(eps, 1 - dt)
+        further = dt + (1 - t - dt) * uniform()  # U(dt, 1 - t)
+
+        x_t, _ = mask_tokens(x0.masked_fill(later, self.mask_token_id), region, t, self.mask_token_id, generator)
+        visible = region & (x_t != self.mask_token_id)
+        x_further, again = mask_tokens(x_t, visible, further / (1 - t), self.mask_token_id, generator)
+
+        logits = predict(x_further).float()
+        logits[..., self.mask_token_id] = -torch.inf
+        noise = torch.empty_like(logits).exponential_(generator=generator)
+        probabilities = logits.softmax(-1)
+        sampled = (uniform() < self.sample_share)[:, None]
+        y = torch.where(sampled, (probabilities / noise).argmax(-1), probabilities.argmax(-1))
+
+        pool = region & (x_further == self.mask_token_id) if self.literal else again
+        order = torch.rand(x0.shape, generator=generator, device=device)
+        if self.by_confidence:
+            order = probabilities.gather(-1, y[..., None])[..., 0]
+        written = pool & (rank(order, pool) < drawn[:, None])
+        z = torch.where(written, y, x_t)
+        return Artifacts(z, z == x0, response_mask & (z != self.mask_token_id), written)
