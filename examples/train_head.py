@@ -76,7 +76,9 @@ def state_settings(lengths: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**lengths, **setting} for setting in plain + corrected]
 
 
-def decoding_states(model, rows: Dataset, args: HeadArguments, lengths: dict[str, Any], seed: int, where: Path) -> Dataset:
+def decoding_states(
+    model, rows: Dataset, args: HeadArguments, lengths: dict[str, Any], seed: int, where: Path
+) -> Dataset:
     """Collect states, once: a resumed run reads them from disk."""
     if not where.exists():
         prompts = rows.select(range(min(args.state_prompts, len(rows))))["prompt_ids"]
@@ -114,8 +116,14 @@ def main() -> None:
     args.remove_unused_columns = False  # the collator reads prompt_ids and response_ids
     args.detection_settings = args.detection_settings or [
         {**lengths, "tokens_per_step": 3, "remasking_score": "none"},
-        {**lengths, "tokens_per_step": 3, "remasking_score": "visible", "remask_threshold": 0.9,
-         "remask_scope": "generated", "max_remasks_per_position": 1},
+        {
+            **lengths,
+            "tokens_per_step": 3,
+            "remasking_score": "visible",
+            "remask_threshold": 0.9,
+            "remask_scope": "generated",
+            "max_remasks_per_position": 1,
+        },
     ]
     trainer = CorrectionHeadTrainer(
         model=model,

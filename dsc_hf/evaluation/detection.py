@@ -9,8 +9,7 @@ import torch
 from datasets import Dataset
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from ..remasking import head_score, visible_score
-from ..remasking import Reading
+from ..remasking import Reading, head_score, visible_score
 from .states import left_pad
 
 

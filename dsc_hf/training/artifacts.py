@@ -98,9 +98,7 @@ class FutureContextAugmentation:
             shaped = (uniform() < self.block_share)[:, None]
             block, after = draw_blocks(response_mask, self.block_length, generator)
             region, later = torch.where(shaped, block, region), shaped & after
-        drawn = torch.randint(
-            self.min_artifacts, self.max_artifacts + 1, (batch,), generator=generator, device=device
-        )
+        drawn = torch.randint(self.min_artifacts, self.max_artifacts + 1, (batch,), generator=generator, device=device)
         dt = (drawn / region.sum(1).clamp(min=1)).clamp(max=1 - 2 * self.eps)
         unit = draw_times(batch, 0.0, 1.0, generator, self.stratified, device)
         t = self.eps + (1 - dt - self.eps) * unit  # U(eps, 1 - dt)

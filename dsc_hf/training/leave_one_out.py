@@ -51,11 +51,15 @@ def leave_one_out_probabilities(
     dtype = next(backbone.parameters()).dtype
     mask = torch.zeros(allowed.shape, dtype=dtype, device=ids.device).masked_fill(~allowed, torch.finfo(dtype).min)
     with torch.no_grad():
-        logits = backbone(
-            input_ids=ids,
-            attention_mask=mask[:, None],
-            position_ids=torch.cat([positions, shadow_positions], dim=1) + position_offset(backbone),
-        ).logits[:, length:].float()
+        logits = (
+            backbone(
+                input_ids=ids,
+                attention_mask=mask[:, None],
+                position_ids=torch.cat([positions, shadow_positions], dim=1) + position_offset(backbone),
+            )
+            .logits[:, length:]
+            .float()
+        )
     logits[..., mask_token_id] = -torch.inf
     tokens = input_ids.gather(1, columns)
     probability = logits.softmax(-1).gather(-1, tokens[..., None])[..., 0]

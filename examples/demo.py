@@ -1,0 +1,160 @@
+"""The demonstration: plain decoding against decoding with mistakes taken back, on problems never seen before.
+
+    make demo                      (or: python examples/demo.py)
+
+Solves held-back word problems with the small diffusion LM in `model_cards/`, at 1 to 5 tokens a step, plainly, with the
+training-free `visible` score and with the correction head; prints a table and three problems that remasking changed, and
+writes `build/demo.json` and `build/demo.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
+
+import dsc_hf  # noqa: F401  (registers the Auto classes)
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples" / "demo_model"))
+
+from solve import Solved, generate_batch, set_threads, solve  # noqa: E402
+from word_problems import draw_problems  # noqa: E402
+
+METHODS = {"plain": (1, 2, 3, 4, 5), "visible": (2, 3, 4, 5), "head": (2, 3, 4, 5)}
+LABELS = {
+    "plain": "plain decoding",
+    "visible": "remask by visible probability (no training)",
+    "head": "remask by the correction head",
+}
+
+
+def run_all(model, tokenizer, problems, chosen: dict[str, Any], seed: int) -> tuple[list[dict[str, Any]], dict]:
+    """Every method at every number of tokens a step: rows for the table, and what each solved."""
+    rows, solved = [], {}
+    jobs = [(method, k) for method, ks in METHODS.items() for k in ks]
+    bar = tqdm(total=len(jobs) * len(problems), unit="problem", desc="Solving")
+    for method, k in jobs:
+        bar.set_postfix_str(f"{method}, k={k}")
+        settings = {"tokens_per_step": k, "remasking_score": "none"} if method == "plain" else chosen[method][str(k)]
+        result = solve(model, tokenizer, problems, bar=bar, **settings)
+        solved[method, k] = result
+        rows.append({"method": method, "tokens_per_step": k, **result.summary(), "seed": seed})
+    bar.close()
+    return rows, solved
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """The rows as text."""
+    print(
+        f"\n{'method':<8} {'k':>2} {'accuracy':>15} {'reasoning':>10} {'passes':>7} {'remasks':>8} {'ms/problem':>11}"
+    )
+    for row in rows:
+        accuracy = f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f} %"
+        print(
+            f"{row['method']:<8} {row['tokens_per_step']:>2} {accuracy:>15} {100 * row['reasoning_accuracy']:>8.1f} % "
+            f"{row['forward_passes']:>7.1f} {row['remasks']:>8.1f} {row['ms']:>11.1f}"
+        )
+
+
+def show_changes(
+    model, tokenizer, problems, solved: dict[Any, Solved], chosen: dict[str, Any], count: int = 3
+) -> None:
+    """Problems that plain decoding got wrong and remasking right: before, what was taken back, after."""
+    plain, head = solved["plain", 3], solved["head", 3]
+    changed = np.nonzero(~plain.valid & head.valid)[0][:count]
+    print(f"\nk = 3: {(~plain.valid & head.valid).sum()} problems were solved right only with the head, ", end="")
+    print(f"{(plain.valid & ~head.valid).sum()} only without it. Some of the first:")
+    for index in changed:
+        problem = problems[index]
+        output, prompt_length = generate_batch(model, tokenizer, [problem], output_history=True, **chosen["head"]["3"])
+        taken_back, ids = [], None
+        for step in output.history:
+            for column in step.remasked[0].nonzero()[:, 0].tolist():
+                taken_back.append(f"{tokenizer.decode(ids[column])!r} at {column - prompt_length + 1}")
+            ids = step.sequences[0]
+        print(f"\n  problem     {problem.prompt}")
+        print(f"  before      {tokenizer.decode(plain.responses[index], skip_special_tokens=True)}")
+        print(f"  taken back  {', '.join(taken_back)}")
+        print(f"  after       {tokenizer.decode(head.responses[index], skip_special_tokens=True)}")
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against forward passes, one line a method."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for method, marker in zip(METHODS, "os^", strict=True):
+        own = [row for row in rows if row["method"] == method]
+        passes, accuracy, error = (
+            [row[key] for row in own] for key in ("forward_passes", "accuracy", "standard_error")
+        )
+        accuracy, error = 100 * np.array(accuracy), 100 * np.array(error)
+        axes.errorbar(passes, accuracy, yerr=error, marker=marker, capsize=2, label=LABELS[method])
+        for row, y in zip(own, accuracy, strict=True):
+            axes.annotate(
+                f"k={row['tokens_per_step']}",
+                (row["forward_passes"], y),
+                (4, -11),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    axes.set(xlabel="forward passes for each problem", ylabel="right answers (%)", xscale="log")
+    ticks = [8, 10, 15, 20, 30, 40]
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=9)
+    axes.set_title(f"Held-back word problems ({rows[0]['problems']}, bars: standard error)", fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    aside = path.with_suffix(path.suffix + ".partial")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "model_cards" / "word-problems-dsc")
+    parser.add_argument("--problems", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "build")
+    args = parser.parse_args()
+    began = time.time()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    set_threads()
+    print(f"Loading {args.model} with AutoModel ...")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModel.from_pretrained(args.model)
+    chosen = json.loads((args.model / "decoding_settings.json").read_text())["chosen"]
+    problems = draw_problems(args.problems, args.seed, "test")
+    print(
+        f"Solving {args.problems} held-back problems (test split, seed {args.seed}), for example: {problems[0].prompt}"
+    )
+    rows, solved = run_all(model, tokenizer, problems, chosen, args.seed)
+    print_table(rows)
+    show_changes(model, tokenizer, problems, solved, chosen)
+    write_aside(args.output_dir / "demo.json", json.dumps({"rows": rows}, indent=1) + "\n")
+    plot(rows, args.output_dir / "demo.png")
+    print(
+        f"\nWrote {args.output_dir / 'demo.json'} and {args.output_dir / 'demo.png'}; took {time.time() - began:.0f} s."
+    )
+    print('Try your own: python examples/generate.py --prompt "Amy has 56 shells. gives 3. finds 5. how many?"')
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Solve word problems with a model and count what comes out: shared by the demo and the choice of thresholds."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from word_problems import MAX_RESPONSE_LENGTH, AnswerChecker, Problem
+
+from dsc_hf import DSCForMaskedDiffusion, DSCGenerationOutput
+
+BLOCK_LENGTH = 24
+
+
+@dataclass
+class Solved:
+    """One system on a set of problems; arrays `(problems,)`.
+
+    Args:
+        responses (`np.ndarray`): `(problems, 48)`, token ids.
+        right (`np.ndarray`): the final number is right.
+        valid (`np.ndarray`): the whole reasoning is right.
+        forward_passes (`np.ndarray`), remasks (`np.ndarray`): counts.
+        seconds (`float`): wall time for all of them.
+    """
+
+    responses: np.ndarray
+    right: np.ndarray
+    valid: np.ndarray
+    forward_passes: np.ndarray
+    remasks: np.ndarray
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        """Accuracy with its standard error, reasoning accuracy, mean passes and remasks, milliseconds a problem."""
+        accuracy, count = float(self.right.mean()), len(self.right)
+        return {
+            "accuracy": round(accuracy, 4),
+            "standard_error": round(float(np.sqrt(accuracy * (1 - accuracy) / count)), 4),
+            "reasoning_accuracy": round(float(self.valid.mean()), 4),
+            "forward_passes": round(float(self.forward_passes.mean()), 2),
+            "remasks": round(float(self.remasks.mean()), 2),
+            "ms": round(1000 * self.seconds / count, 1),
+            "problems": count,
+        }
+
+
+def generate_batch(
+    model: DSCForMaskedDiffusion, tokenizer, problems: list[Problem], **arguments: Any
+) -> tuple[DSCGenerationOutput, int]:
+    """Decode one batch; the output and the length of its prompts."""
+    inputs = tokenizer([p.prompt for p in problems], return_tensors="pt", padding=True)
+    output = model.generate(
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        max_new_tokens=MAX_RESPONSE_LENGTH,
+        block_length=BLOCK_LENGTH,
+        return_dict_in_generate=True,
+        **arguments,
+    )
+    return output, inputs.input_ids.shape[1]
+
+
+def solve(
+    model: DSCForMaskedDiffusion, tokenizer, problems: list[Problem], batch_size: int = 50, bar=None, **arguments: Any
+) -> Solved:
+    """Solve problems with the given arguments of `generate`."""
+    checker = AnswerChecker(tokenizer)
+    responses = np.full((len(problems), MAX_RESPONSE_LENGTH), tokenizer.pad_token_id)
+    passes, remasks = np.zeros(len(problems), dtype=int), np.zeros(len(problems), dtype=int)
+    seconds = 0.0
+    for start in range(0, len(problems), batch_size):
+        batch = slice(start, start + batch_size)
+        began = time.perf_counter()
+        output, prompt_length = generate_batch(model, tokenizer, problems[batch], **arguments)
+        seconds += time.perf_counter() - began
+        tokens = output.sequences[:, prompt_length:].numpy()
+        responses[batch, : tokens.shape[1]] = tokens
+        passes[batch], remasks[batch] = output.forward_passes.numpy(), output.tokens_remasked.numpy()
+        if bar is not None:
+            bar.update(len(tokens))
+    right = np.array([checker.answer_is_right(p, r) for p, r in zip(problems, responses, strict=True)])
+    valid = np.array([checker.reasoning_is_valid(p, r) for p, r in zip(problems, responses, strict=True)])
+    return Solved(responses, right, valid, passes, remasks, seconds)
+
+
+def set_threads() -> None:
+    """Use all cores: matrices this small gain nothing from more than a few threads."""
+    torch.set_num_threads(min(torch.get_num_threads(), 4))
