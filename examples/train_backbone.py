@@ -62,6 +62,7 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if model_args.resume else None)
     trainer.save_model()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -137,6 +137,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if head_args.resume else None)
     model.generation_config.update(**{"remasking_score": "head", **generation})
     trainer.save_model()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

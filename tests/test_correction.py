@@ -1,0 +1,132 @@
+"""Stage 2: eq. 4.1 trains the head, and nothing but the head."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import MASK, make_llama, make_model
+from datasets import Dataset
+from training_helpers import losses, make_rows, make_trainer, weights
+
+from dsc_hf import DSCForMaskedDiffusion
+from dsc_hf.evaluation import collect_states
+
+
+def test_loss_equals_a_direct_computation(tmp_path):
+    trainer = make_trainer("head", tmp_path, wrong_weight=3.0)
+    batch = trainer.data_collator(list(trainer.train_dataset.select(range(4))))
+    made = trainer.corrupt(batch, torch.Generator().manual_seed(0))
+    total, outputs = trainer.loss_sum(trainer.model, made)
+    expected = 0.0
+    for i, j in made["counted"].nonzero().tolist():
+        correct = made["input_ids"][i, j] == batch["input_ids"][i, j]
+        p_correct = float(torch.sigmoid(outputs.error_logits[i, j]))
+        expected -= np.log(p_correct) if correct else 3.0 * np.log(1 - p_correct)
+    assert float(total) == pytest.approx(expected, rel=1e-4)
+    assert not (made["counted"] & (made["input_ids"] == MASK)).any()
+    assert not (made["counted"] & (batch["labels"] == -100)).any()
+
+
+def test_training_moves_the_head_and_leaves_the_backbone_bit_identical(tmp_path):
+    model = make_model()
+    model.config.head_trained = False
+    before = weights(model)
+    trainer = make_trainer("head", tmp_path, model=model, weight_decay=0.1)
+    trainer.train()
+    assert model.config.head_trained and not model.backbone.training
+    after = model.state_dict()
+    assert all(torch.equal(before[n], after[n]) for n in before if n.startswith("backbone."))
+    moved = [n for n in before if not torch.equal(before[n], after[n])]
+    assert set(moved) == {n for n, _ in model.correction_head.named_parameters("correction_head")}
+    assert all(p.grad is None for p in model.backbone.parameters())
+
+
+def test_head_learns_to_find_the_models_mistakes(tmp_path):
+    # the backbone writes noise, the data is one repeated letter: whatever differs from it is wrong
+    rows = Dataset.from_list([{"prompt_ids": [4, 5], "response_ids": [7] * 8} for _ in range(16)])
+    trainer = make_trainer("head", tmp_path, rows=rows, max_steps=60)
+    trainer.train()
+    assert np.mean(losses(trainer)[-5:]) < 0.4 * losses(trainer)[0]
+    ids = torch.tensor([[4, 5, 7, 7, 12, 7, 7, 20, 7, 7]])
+    errors = torch.sigmoid(-trainer.model(ids).error_logits)[0, 2:].detach()
+    wrong = ids[0, 2:] != 7
+    assert errors[wrong].min() > errors[~wrong].max()
+
+
+def test_evaluation_reports_detection_beside_the_visible_score(tmp_path):
+    trainer = make_trainer("head", tmp_path, judge=lambda prompt, state: [t % 2 == 0 for t in state])
+    metrics = trainer.evaluate()
+    for name in ("auroc", "average_precision", "visible_auroc", "visible_average_precision", "error_rate", "loss"):
+        assert f"eval_{name}" in metrics
+        assert np.isfinite(metrics[f"eval_{name}"])
+    again = trainer.evaluate()
+    assert all(again[k] == v for k, v in metrics.items() if "_per_" not in k and "runtime" not in k)
+    assert any("eval_auroc" in entry for entry in trainer.state.log_history)
+
+
+def test_judge_decides_what_is_wrong(tmp_path):
+    even = make_trainer("head", tmp_path, judge=lambda prompt, state: [t % 2 == 0 for t in state])
+    states, wrong = even._collect(even.model, even.eval_dataset)
+    assert all((w == (np.array(s) % 2 == 0)).all() for s, w in zip(states["state_ids"], wrong, strict=True))
+    plain = make_trainer("head", tmp_path)
+    states, wrong = plain._collect(plain.model, plain.eval_dataset)
+    row = plain.eval_dataset[states[0]["prompt_index"]]["response_ids"]
+    reference = np.array((row + [1] * 8)[:8])
+    assert (wrong[0] == (reference != np.array(states[0]["state_ids"]))).all()
+
+
+def test_distillation_needs_prompts_only(tmp_path):
+    model = make_model()
+    prompts = make_rows()["prompt_ids"]
+    states = collect_states(model, prompts, [{"max_new_tokens": 8, "block_length": 4}], progress=False)
+    trainer = make_trainer("head", tmp_path, rows=states, model=model, targets="leave_one_out", max_steps=20)
+    batch = trainer.data_collator(list(states.select(range(4))))
+    made = trainer.corrupt(batch, torch.Generator())
+    assert torch.equal(made["input_ids"], batch["input_ids"])  # states are judged as they are
+    assert ((made["targets"] >= 0) & (made["targets"] <= 1)).all()
+    trainer.train()
+    assert np.mean(losses(trainer)[-3:]) < np.mean(losses(trainer)[:3])
+
+
+def test_evaluating_states_without_references_is_refused(tmp_path):
+    states = Dataset.from_list([{"prompt_ids": [4], "state_ids": [5, MASK], "prompt_index": 0}] * 8)
+    trainer = make_trainer("head", tmp_path, rows=states, targets="leave_one_out")
+    with pytest.raises(ValueError, match="response_ids"):
+        trainer.evaluate()
+
+
+def test_artifacts_only_counts_what_the_model_wrote(tmp_path):
+    trainer = make_trainer("head", tmp_path, artifacts_only=True, min_artifacts=2, max_artifacts=2)
+    batch = trainer.data_collator(list(trainer.train_dataset.select(range(4))))
+    made = trainer.corrupt(batch, torch.Generator().manual_seed(1))
+    assert (made["counted"].sum(1) <= 2).all() and made["counted"].any()
+
+
+def test_bfloat16_autocast_trains(tmp_path):
+    trainer = make_trainer("head", tmp_path, bf16=True)
+    trainer.train()
+    assert all(np.isfinite(losses(trainer)))
+    assert all(p.dtype == torch.float32 for p in trainer.model.correction_head.parameters())
+
+
+def test_checkpoints_hold_the_head_only_and_load(tmp_path):
+    from safetensors.torch import load_file
+
+    trainer = make_trainer("head", tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    stored = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert stored and all(name.startswith("correction_head.") for name in stored)
+    loaded = DSCForMaskedDiffusion.from_pretrained(tmp_path / "checkpoint-4", backbone=trainer.model.backbone)
+    assert loaded.config.head_trained
+    for name, value in stored.items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("targets", "guess"), ("wrong_weight", 0.0), ("min_artifacts", 0)])
+def test_bad_arguments_are_named(tmp_path, argument, value):
+    with pytest.raises(ValueError, match=argument):
+        make_trainer("head", tmp_path, **{argument: value})
+
+
+def test_bare_backbone_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="from_backbone"):
+        make_trainer("head", tmp_path, model=make_llama())
