@@ -58,6 +58,8 @@ def main() -> None:
         print(score, k, best)
     result = {"chosen": chosen, "problems": args.problems, "seed": args.seed, "split": "validation", "rows": rows}
     (args.model / "decoding_settings.json").write_text(json.dumps(result, indent=1) + "\n")
+    model.generation_config.update(**chosen["head"].get("3", {}))
+    model.generation_config.save_pretrained(args.model)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,137 @@
+"""Write the model cards of the demonstration model from what was measured.
+
+    make demo && python examples/demo_model/write_cards.py
+
+Reads `build/demo.json` and what training left beside the head, fills the templates below (Jinja), and writes
+`model_cards/*/README.md` and the plot.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from jinja2 import Template
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CARDS = ROOT / "model_cards"
+
+TABLE = """\
+| method | tokens a step | accuracy (%) | whole reasoning right (%) | forward passes | tokens taken back |
+|---|---|---|---|---|---|
+{%- for row in rows %}
+| {{ row.method }} | {{ row.tokens_per_step }} | {{ "%.1f" | format(100 * row.accuracy) }} ± {{ "%.1f" | format(100 * row.standard_error) }} | {{ "%.1f" | format(100 * row.reasoning_accuracy) }} | {{ "%.1f" | format(row.forward_passes) }} | {{ "%.1f" | format(row.remasks) }} |
+{%- endfor %}
+"""  # noqa: E501
+
+BACKBONE = """\
+---
+library_name: transformers
+license: apache-2.0
+pipeline_tag: fill-mask
+tags: [diffusion-language-model, masked-diffusion]
+---
+# word-problems-backbone
+
+A masked diffusion LM of 2.7M parameters that solves small word problems with a chain of thought: a stock Llama with
+`is_causal=False` (6 layers, width 192), with its own word-level tokenizer of 58 tokens. It exists to show and to test
+self-correction (`../word-problems-dsc`), not to be useful.
+
+- **Trained** from scratch by `examples/demo_model/train.py` (stage 1, eq. 3.1 of arXiv 2601.06428): {{ steps }} steps of
+  64 rows, bf16 autocast, Muon (3e-3) on the matrices and AdamW (1e-3) on the rest, cosine; all EOS tokens of the
+  48-token response window are maskable. {{ minutes }} minutes on 2 CPU cores that were shared with other work.
+- **Data**: 400,000 procedurally written problems, seed 0, split by their numbers (`examples/demo_model/word_problems.py`);
+  validation and test problems have numbers that never occur in training. Weights in fp32.
+- **Measured** by `make demo` on {{ rows[0].problems }} test problems (seed {{ rows[0].seed }}):
+
+{{ table }}
+## Limits
+It knows one task, 58 words, numbers from 10 to 99, and 2 to 4 additions or subtractions of one digit. Anything else
+gives nonsense.
+"""
+
+HEAD = """\
+---
+library_name: transformers
+license: apache-2.0
+pipeline_tag: text-generation
+base_model: ../word-problems-backbone
+base_model_relation: adapter
+tags: [dsc_hf, diffusion-language-model, self-correction]
+---
+# word-problems-dsc
+
+A correction head for [`word-problems-backbone`](../word-problems-backbone): it gives every written token a probability
+of being wrong, and decoding takes back what it distrusts (Decoupled Self-Correction, arXiv 2601.06428).
+
+```python
+import dsc_hf
+from transformers import AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained("model_cards/word-problems-dsc")
+tokenizer = AutoTokenizer.from_pretrained("model_cards/word-problems-dsc")
+inputs = tokenizer("Amy has 56 shells. gives 3. finds 5. how many?", return_tensors="pt")
+print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)[0])
+```
+
+- **Head**: {{ config.head_num_layers }} bidirectional transformer layer(s) of width {{ config.head_hidden_size }} on the
+  output of block {{ tap }} of {{ config.backbone_num_layers }}, with re-read inputs (probability of the visible token, its
+  logit, entropy, is-mask flag); {{ "{:,}".format(parameters) }} parameters, fp32. The backbone is frozen and not in this
+  checkpoint: `../word-problems-backbone` is found in a clone and, once pushed, under the same owner on the Hub.
+- **Trained** by `examples/demo_model/train.py`: leave-one-out distillation ({{ head_steps }} steps of 64 states): states from
+  the model's own decodes of training prompts, plain and with the `visible` score, at 1 to 8 tokens a step; target: the
+  backbone's probability of each token given all others. No labels. {{ minutes }} minutes on 2 shared CPU cores.
+- **Detection** of wrong tokens (exact checker) on states of k = 3 decoding of {{ detection_prompts }} held-back training-split
+  problems, at the end of training: head AUROC {{ "%.3f" | format(detection.eval_auroc) }} / average precision
+  {{ "%.3f" | format(detection.eval_average_precision) }}; the training-free visible probability
+  {{ "%.3f" | format(detection.eval_visible_auroc) }} / {{ "%.3f" | format(detection.eval_visible_average_precision) }}.
+- **Decoding defaults** are in `generation_config.json` (k = 3); those of the table, chosen on
+  {{ settings.problems }} validation problems (seed {{ settings.seed }}), in `decoding_settings.json`.
+- **Measured** by `make demo` on {{ rows[0].problems }} test problems (seed {{ rows[0].seed }}), never used in training or for
+  choosing thresholds; ± is one standard error:
+
+{{ table }}
+![accuracy against forward passes](demo.png)
+
+## Limits
+As of its backbone: one task. The head was trained once, with one seed, and fits this backbone only; its threshold does
+not carry over to other heads.
+"""
+
+
+def main() -> None:
+    demo = json.loads((ROOT / "build" / "demo.json").read_text())
+    head = CARDS / "word-problems-dsc"
+    seconds = json.loads((head / "training_seconds.json").read_text())
+    state = json.loads((head / "trainer_state.json").read_text())
+    detection = [entry for entry in state["log_history"] if "eval_auroc" in entry][-1]
+    config = json.loads((head / "config.json").read_text())
+    from safetensors import safe_open
+
+    with safe_open(head / "model.safetensors", "pt") as file:
+        parameters = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    table = Template(TABLE).render(rows=demo["rows"])
+    common = {"rows": demo["rows"], "table": table}
+    card = Template(BACKBONE).render(
+        **common, steps=seconds["backbone_steps"], minutes=round(seconds["Training the backbone"] / 60)
+    )
+    (CARDS / "word-problems-backbone" / "README.md").write_text(card)
+    card = Template(HEAD).render(
+        **common,
+        config=config,
+        tap=config["tap_layer"] % config["backbone_num_layers"] + 1,
+        parameters=parameters,
+        head_steps=state["max_steps"],
+        minutes=round(seconds["Training the head"] / 60),
+        detection=detection,
+        detection_prompts=96,
+        settings=json.loads((head / "decoding_settings.json").read_text()),
+    )
+    (head / "README.md").write_text(card)
+    shutil.copyfile(ROOT / "build" / "demo.png", head / "demo.png")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

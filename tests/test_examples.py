@@ -1,0 +1,131 @@
+"""The scripts in examples/ run as their docstrings say, with tiny settings, and so do the shipped snapshots."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CARDS = ROOT / "model_cards"
+TINY = ["--max_length", "72", "--response_length", "48", "--maskable_eos", "all", "--use_cpu", "--report_to", "none"]
+TINY += ["--per_device_train_batch_size", "4", "--disable_tqdm", "true", "--save_steps", "2", "--logging_steps", "1"]
+
+
+def run(*command):
+    """Run Python with these arguments from the root of the repository."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+
+
+def check(result) -> str:
+    """The output of a run that must have succeeded."""
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Twenty problems, the tokenizer, and a config made smaller."""
+    folder = tmp_path_factory.mktemp("demo")
+    check(run("examples/demo_model/prepare.py", "--output_dir", folder, "--rows", 20))
+    config = json.loads((folder / "start" / "config.json").read_text())
+    config.update(hidden_size=32, head_dim=16, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=3)
+    config.update(intermediate_size=32)
+    (folder / "start" / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def backbone_arguments(start):
+    """Arguments of examples/train_backbone.py."""
+    arguments = ["--dataset", start / "train.jsonl", "--config", start / "start" / "config.json"]
+    return [*arguments, "--tokenizer", start / "start", "--output_dir", start / "backbone", *TINY]
+
+
+@pytest.fixture(scope="module")
+def backbone(start):
+    """A backbone trained for three steps."""
+    check(run("examples/train_backbone.py", *backbone_arguments(start), "--max_steps", 3))
+    return start / "backbone"
+
+
+def test_backbone_training_resumes(start, backbone):
+    assert (backbone / "model.safetensors").exists() and (backbone / "tokenizer.json").exists()
+    out = check(run("examples/train_backbone.py", *backbone_arguments(start), "--max_steps", 5, "--resume"))
+    assert (backbone / "checkpoint-4").exists() and out.count("'loss'") == 2
+
+
+@pytest.mark.parametrize(
+    "targets", [["--targets", "labels"], ["--targets", "leave_one_out", "--state_prompts", 8, "--states_per_prompt", 2]]
+)
+def test_head_training_evaluates_and_loads_by_auto_class(start, backbone, targets, tmp_path):
+    arguments = ["--backbone", backbone, "--dataset", start / "train.jsonl", "--output_dir", tmp_path / "head"]
+    arguments += ["--max_steps", 2, "--head_num_layers", 1, "--head_hidden_size", 32, *TINY, *targets]
+    arguments += ["--eval_rows", 4, "--eval_strategy", "steps", "--eval_steps", 2, "--detection_prompts", 4]
+    arguments += ["--judge", "examples/demo_model/word_problems.py:judge"]
+    arguments += ["--generation", '{"max_new_tokens": 48, "block_length": 24, "tokens_per_step": 8}']
+    assert "eval_auroc" in check(run("examples/train_head.py", *arguments))
+    code = (
+        "import sys, torch, dsc_hf; from transformers import AutoModel;"
+        "m = AutoModel.from_pretrained(sys.argv[1]); print(m.generation_config.remasking_score, m.config.head_trained);"
+        "print(m.generate(torch.tensor([[5, 6]])).shape)"
+    )
+    assert "head True" in check(run("-c", code, tmp_path / "head"))
+
+
+def test_head_training_names_bad_arguments(backbone, start, tmp_path):
+    arguments = ["--backbone", backbone, "--dataset", start / "train.jsonl", "--output_dir", tmp_path, *TINY]
+    result = run("examples/train_head.py", *arguments, "--state_prompts", 4)
+    assert result.returncode != 0 and "leave_one_out" in result.stderr
+
+
+def test_demo_writes_table_json_and_plot(tmp_path):
+    out = check(run("examples/demo.py", "--problems", 6, "--output_dir", tmp_path))
+    rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
+    assert [(r["method"], r["tokens_per_step"]) for r in rows] == (
+        [("plain", k) for k in (1, 2, 3, 4, 5)] + [(m, k) for m in ("visible", "head") for k in (2, 3, 4, 5)]
+    )
+    needed = {"accuracy", "standard_error", "reasoning_accuracy", "forward_passes", "remasks", "problems", "seed"}
+    assert all(needed <= set(row) for row in rows)
+    assert all(row["remasks"] == 0 for row in rows if row["method"] == "plain")
+    assert (tmp_path / "demo.png").stat().st_size > 10_000 and "±" in out
+
+
+def test_generate_streams_and_reports():
+    out = check(run("examples/generate.py", "--prompt", "Amy has 56 shells. gives 3. finds 5. how many?", "--sleep", 0))
+    assert "####" in out and "forward passes" in out and "·" in out
+
+
+def test_generate_names_bad_arguments():
+    result = run("examples/generate.py", "--prompt", "Amy has 5", "--sleep", 0, "--remask_stride", 0)
+    assert result.returncode != 0 and "remask_stride=0" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_shipped_snapshots_are_small_whole_and_free_of_pickles():
+    files = [path for path in CARDS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 25e6
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    for name in ("word-problems-backbone", "word-problems-dsc"):
+        for file in ("README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
+            assert (CARDS / name / file).exists(), (name, file)
+    config = json.loads((CARDS / "word-problems-dsc" / "config.json").read_text())
+    assert config["base_model_name_or_path"] == "../word-problems-backbone" and config["head_trained"]
+
+
+def test_shipped_head_gains_over_plain_decoding(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "demo_model"))
+    from solve import solve
+    from transformers import AutoModel, AutoTokenizer
+    from word_problems import draw_problems
+
+    tokenizer = AutoTokenizer.from_pretrained(CARDS / "word-problems-dsc")
+    model = AutoModel.from_pretrained(CARDS / "word-problems-dsc")
+    problems = draw_problems(60, 11, "test")
+    settings = json.loads((CARDS / "word-problems-dsc" / "decoding_settings.json").read_text())["chosen"]["head"]["3"]
+    plain = solve(model, tokenizer, problems, tokens_per_step=3, remasking_score="none")
+    head = solve(model, tokenizer, problems, **settings)
+    assert head.valid.mean() > plain.valid.mean() + 0.1
+    assert head.forward_passes.mean() < 25
