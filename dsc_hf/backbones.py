@@ -89,6 +89,8 @@ def load_backbone(
         raise ValueError(
             f"The backbone {name!r} could not be read: {error} Check the path or Hub id, or pass a loaded model."
         ) from error
+    except RuntimeError as error:
+        raise ValueError(f"The backbone {name!r} does not fit its config.json: {error}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise

@@ -28,7 +28,7 @@ class DSCConfig(PreTrainedConfig):
         head_intermediate_size (`int`, *optional*): width of its MLPs; by default 8/3 of its width.
         head_reread (`bool`, defaults to `True`): also let it read the visible token's probability, its logit, the
             entropy of the prediction there, and whether the position is masked. `False` gives the paper's head.
-        head_trained (`bool`, defaults to `False`): whether the head has been trained; an untrained one gives no scores.
+        head_trained (`bool`, defaults to `False`): whether it has been trained; an untrained head gives no scores.
         rms_norm_eps (`float`), rope_theta (`float`), initializer_range (`float`): of the head.
     """
 

@@ -103,7 +103,14 @@ class DecodingOptions:
 
 @dataclass
 class Prediction:
-    """What the backbone says in one forward; tensors `(B, L)`, zero outside the columns that were asked for."""
+    """What the backbone says in one forward; tensors `(B, L)`, zero outside the columns that were asked for.
+
+    Args:
+        tokens (`torch.LongTensor`): the predicted token.
+        confidence (`torch.Tensor`): its probability; NaN where no token can be chosen.
+        visible (`torch.Tensor`): the probability of the token that stands there.
+        error_logits (`torch.Tensor`, *optional*): the head's logits for *correct*.
+    """
 
     tokens: torch.Tensor
     confidence: torch.Tensor
@@ -121,26 +128,32 @@ def predict(model, canvas: Canvas, options: DecodingOptions, columns: slice, wit
     raw, hidden_states = model.read(canvas.ids, *inputs)
     error_logits = model.score(canvas.ids, raw, hidden_states, *inputs) if with_head else None
     ids, logits = canvas.ids[:, columns], raw[:, columns].float()
-    logits[..., options.mask_token_id] = -torch.inf
-    if options.token_count is not None:
-        logits[..., options.token_count :] = -torch.inf
+    _ban(logits, options)
     log_z = logits.logsumexp(-1)
     scores = logits
     if options.logits_processor:
         width = ids.shape[1]
         flat = options.logits_processor(canvas.ids.repeat_interleave(width, 0), logits.flatten(0, 1).clone())
-        scores = flat.view_as(logits)
+        scores = _ban(flat.view_as(logits), options)
+    best, tokens = scores.max(-1)
     if options.sample:  # argmax of p / Exp(1) is a draw from p
         noise = torch.empty_like(scores).exponential_(generator=options.generator)
-        tokens = (scores.softmax(-1) / noise).argmax(-1)
-    else:
-        tokens = scores.argmax(-1)
+        tokens = (scores - noise.log()).argmax(-1)
 
     def probability(of: torch.Tensor) -> torch.Tensor:
         return (logits.gather(-1, of[..., None])[..., 0] - log_z).exp()
 
+    confidence = probability(tokens).masked_fill(~(best > -torch.inf), torch.nan)
     room = (columns.start, canvas.ids.shape[1] - columns.stop)
-    return Prediction(pad(tokens, room), pad(probability(tokens), room), pad(probability(ids), room), error_logits)
+    return Prediction(pad(tokens, room), pad(confidence, room), pad(probability(ids), room), error_logits)
+
+
+def _ban(logits: torch.Tensor, options: DecodingOptions) -> torch.Tensor:
+    """Give no chance to the mask token and to ids that are no tokens, in place."""
+    logits[..., options.mask_token_id] = -torch.inf
+    if options.token_count is not None:
+        logits[..., options.token_count :] = -torch.inf
+    return logits
 
 
 def judge(prediction: Prediction, written: torch.Tensor, options: DecodingOptions) -> torch.Tensor:
@@ -166,8 +179,8 @@ def decode(
        that stood there *before* this step (`rescore` spends another forward and judges the updated sequence) and
        remask those that the selection picks.
     4. Complete: a row whose block has no mask goes on to its next block, or, once, to a verification: one more step
-       that has nothing to fill and only judges. `finish(canvas, completed)` gets the rows `(B,)` that completed a block
-       and says which of them are done; these leave the batch.
+       that has nothing to fill and only judges. `finish(canvas, completed)` gets the rows `(B,)` that completed a
+       block and says which of them are done; these leave the batch.
 
     Args:
         model ([`DSCForMaskedDiffusion`]): for `read` and `score`.
@@ -177,7 +190,7 @@ def decode(
         on_step (`Callable`, *optional*): called after every step.
 
     Raises:
-        `ValueError`: the backbone returned NaN.
+        `ValueError`: no token can be chosen: the logits are NaN, or every token is banned.
     """
     ends = [int(column) + 1 for column in _last_columns(canvas.blocks)]
     start = int((canvas.blocks >= 0).any(0).nonzero()[0])
@@ -194,7 +207,8 @@ def decode(
         verifying = canvas.verification == 1
         scoring = (verifying | (canvas.step % options.stride == options.stride - 1)) & options.remasks
         any_scoring = bool(scoring.any())
-        prediction = predict(model, canvas, options, columns, with_head and any_scoring and not options.rescore)
+        ask_head = with_head and bool((verifying if options.rescore else scoring).any())
+        prediction = predict(model, canvas, options, columns, ask_head)
         canvas.forward_passes += 1
 
         # 2. Unmask
@@ -208,23 +222,28 @@ def decode(
         remasked = scored = torch.zeros_like(unmasked)
         if any_scoring:
             judged = scoring.to(device) & (unfilled.any(1) | verifying.to(device))
-            scored = in_block & ~masked & judged[:, None]
             if options.rescore:
-                prediction = predict(model, canvas, options, columns, with_head)
-                canvas.forward_passes += judged.cpu()
+                again = judged.cpu() & ~verifying  # a verification has already read the finished block
+                if again.any():
+                    prediction = predict(model, canvas, options, columns, with_head)
+                    canvas.forward_passes += again
+                any_scoring = bool((again | verifying).any())
+        if any_scoring:
+            scored = in_block & ~masked & judged[:, None]
             errors = judge(prediction, canvas.written, options)
             remasked = options.selection(errors, scored, canvas.state)
             canvas.errors = torch.where(scored, errors, canvas.errors)
             canvas.ids = canvas.ids.masked_fill(remasked, options.mask_token_id)
-        canvas.errors = canvas.errors.masked_fill(unmasked | remasked, torch.nan)
+        canvas.errors = canvas.errors.masked_fill(remasked, torch.nan)
 
         # 4. Complete
         filled = ~(unfilled | remasked).any(1)
         filled, broken = torch.stack([filled, broken]).cpu()  # the step's one synchronisation
         if broken.any():
             raise ValueError(
-                f"The backbone returned NaN logits for row {int(canvas.rows[broken][0])} of `input_ids`; check its "
-                "weights and dtype (fp16 overflows where bf16 does not)."
+                f"No token can be chosen for row {int(canvas.rows[broken][0])} of `input_ids`: the backbone returned "
+                "NaN logits (check its weights and dtype; fp16 overflows where bf16 does not), or `suppress_tokens`, "
+                "`bad_words_ids` or a `logits_processor` leave no token (allow some)."
             )
         if options.history is not None:
             _record(options.history, canvas, unmasked, remasked, scored)

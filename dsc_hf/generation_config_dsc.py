@@ -62,8 +62,8 @@ class DSCGenerationConfig(GenerationConfig):
             counted forward a block.
         strict_paper (`bool`, defaults to `False`): select the top `K` before threshold and buffer, as algorithm 1 is
             printed.
-        output_error_probabilities (`bool`, defaults to `False`): spend one counted forward on the finished text, so that
-            every token has an error probability. Without it, tokens that were never judged have NaN.
+        output_error_probabilities (`bool`, defaults to `False`): spend one counted forward on the finished text, so
+            that every token has an error probability. Without it, tokens that were never judged have NaN.
         output_history (`bool`, defaults to `False`): keep every step.
         kwargs: sampling, stopping and output arguments of [`~transformers.GenerationConfig`]: `do_sample`,
             `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `suppress_tokens`, `bad_words_ids`,
@@ -115,6 +115,10 @@ class DSCGenerationConfig(GenerationConfig):
         """Only the special tokens: nothing else in a model's config is about decoding."""
         return cls(**{k: getattr(model_config, k, None) for k in ("bos_token_id", "eos_token_id", "pad_token_id")})
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is stored: arguments that are set."""
+        return {name: value for name, value in super().to_diff_dict().items() if value is not None}
+
     def validate(self, **kwargs: Any) -> None:
         """Check every argument.
 
@@ -139,6 +143,11 @@ class DSCGenerationConfig(GenerationConfig):
         for name, choices in (("remasking_score", ["none", *SCORES]), ("remask_scope", ["block", "generated"])):
             if getattr(self, name, None) not in (None, *choices):
                 raise ValueError(f"`{name}={getattr(self, name)!r}` must be one of {choices}.")
+        if any(len(word) != 1 for word in getattr(self, "bad_words_ids", None) or ()):
+            raise ValueError(
+                f"`bad_words_ids={self.bad_words_ids!r}` must be words of one token; tokens are not written in order, "
+                "so longer ones can't be banned."
+            )
         threshold = getattr(self, "remask_threshold", None)
         if threshold is not None and (
             isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold >= 0

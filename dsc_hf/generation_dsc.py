@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +67,12 @@ class DSCGenerationMixin(GenerationMixin):
         Args:
             inputs (`torch.LongTensor`): `(B, P)`, prompts, padded on the left; also taken as `input_ids`.
             generation_config ([`DSCGenerationConfig`], *optional*): base of the arguments.
-            logits_processor (`LogitsProcessorList`, *optional*): called with one row for each position: ids `(N, L)` of
-                the whole canvas (mask tokens included) and logits `(N, V)`.
+            logits_processor (`LogitsProcessorList`, *optional*): called with one row for each position: ids `(N, L)`
+                of the whole canvas (mask tokens included) and logits `(N, V)`.
             stopping_criteria (`StoppingCriteriaList`, *optional*): asked when a block is complete, for each of its
                 prefixes as if its tokens had come one by one; the response ends at the first that stops.
-            streamer (`BaseStreamer`, *optional*): gets the prompt, final tokens by `put` and, if it has `put_draft`, the
-                response after every step. One row only.
+            streamer (`BaseStreamer`, *optional*): gets the prompt, final tokens by `put` and, if it has `put_draft`,
+                the response after every step. One row only.
             generator (`torch.Generator` or `int`, *optional*): source or seed of all randomness.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): needed with `stop_strings`.
             kwargs: `attention_mask` `(B, P)`, and arguments of [`DSCGenerationConfig`].
@@ -90,6 +91,11 @@ class DSCGenerationMixin(GenerationMixin):
         new_tokens = config.max_new_tokens
         if new_tokens is None:
             new_tokens = 128 if config.max_length is None else config.max_length - length
+        if new_tokens < 1:
+            raise ValueError(
+                f"`max_length={config.max_length}` leaves no room behind a prompt of {length} tokens; raise it, or "
+                "use `max_new_tokens`."
+            )
         self._check_length(length, new_tokens)
         rows = config.num_return_sequences
         prompt, attention_mask = prompt.repeat_interleave(rows, 0), attention_mask.repeat_interleave(rows, 0)
@@ -146,6 +152,23 @@ class DSCGenerationMixin(GenerationMixin):
         run.start(blocks, attention_mask, logits_processor)
         return run.output(trim=False)
 
+    def adjust_generation_fn(
+        self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, **kwargs: Any
+    ) -> None:
+        """Called by `from_pretrained`: read generation_config.json strictly (transformers would make it a plain
+        `GenerationConfig`); without one, the special tokens of the model's config stay."""
+        if generation_config is not None:
+            self.generation_config = DSCGenerationConfig.from_dict(generation_config.to_dict())
+        elif pretrained_model_name_or_path is not None:
+            where = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            try:
+                self.generation_config = DSCGenerationConfig.from_pretrained(
+                    pretrained_model_name_or_path, **{k: kwargs[k] for k in where if k in kwargs}
+                )
+            except OSError as error:
+                if "valid JSON" in str(error):
+                    raise ValueError(f"generation_config.json is corrupt: {error} Fetch or save it again.") from error
+
     def _resolve_generation_config(
         self, given: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> DSCGenerationConfig:
@@ -153,16 +176,21 @@ class DSCGenerationMixin(GenerationMixin):
         config = DSCGenerationConfig() if given is None else copy.deepcopy(given)
         if not isinstance(config, DSCGenerationConfig):
             config = DSCGenerationConfig(**{k: v for k, v in given.to_dict().items() if v is not None})
-        config.update(**self.generation_config.to_dict(), defaults_only=True)
-        config.update(**config._get_default_generation_params(), defaults_only=True)
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("synced_gpus", "token_type_ids") or v}
-        if kwargs.get("remasking_score", "") is None:
-            kwargs["remasking_score"] = "none"
+        defaults = self.generation_config.to_dict()
+        lengths = ("max_new_tokens", "max_length")  # two ways to set one thing
+        if any(getattr(config, name) is not None for name in lengths):
+            defaults = {k: v for k, v in defaults.items() if k not in lengths}
+        config.update(**defaults, defaults_only=True)
+        if any(kwargs.get(name) is not None for name in lengths):
+            config.update(**dict.fromkeys(lengths))
+        harmless = ("synced_gpus", "token_type_ids")  # if false or zero
+        kwargs = {k: v for k, v in kwargs.items() if k not in harmless or (v is not None and torch.as_tensor(v).any())}
         unknown = [name for name, value in config.update(**kwargs).items() if value is not None]
         if unknown:
             raise ValueError(
                 f"`{unknown[0]}={kwargs[unknown[0]]!r}` is no argument of generate(); see DSCGenerationConfig."
             )
+        config.update(**config._get_default_generation_params(), defaults_only=True)
         if config.max_remasks_per_block is None:
             config.max_remasks_per_block = config.block_length
         if config.remasking_score == "head":
@@ -180,8 +208,8 @@ class DSCGenerationMixin(GenerationMixin):
             raise ValueError("`attention_mask` is all zero in a row: a prompt is empty; give it at least one token.")
         if (prompt == self.config.mask_token_id).any():
             raise ValueError(
-                f"`input_ids` holds the mask token ({self.config.mask_token_id}), which stands for text to be written; "
-                "use `infill` to fill masks inside a text."
+                f"`input_ids` holds the mask token ({self.config.mask_token_id}), which stands for text to be "
+                "written; use `infill` to fill masks inside a text."
             )
         if streamer is not None and len(prompt) * config.num_return_sequences > 1:
             raise ValueError(f"`streamer` can follow one row only, `input_ids` has {len(prompt)}.")
@@ -189,8 +217,6 @@ class DSCGenerationMixin(GenerationMixin):
 
     def _check_length(self, length: int, new_tokens: int) -> None:
         limit = self.max_sequence_length
-        if new_tokens < 1 and length + new_tokens > 0 and new_tokens != 0:
-            raise ValueError(f"`max_length` leaves no room behind a prompt of {length} tokens; use `max_new_tokens`.")
         if limit is not None and length + new_tokens > limit:
             raise ValueError(
                 f"`input_ids` of {length} tokens and `max_new_tokens={new_tokens}` exceed the backbone's {limit} "
@@ -205,6 +231,7 @@ class _Run:
         self.model, self.config, self.generator, self.streamer = model, config, generator, streamer
         self.prompt_length, self.infilling = prompt_length, prompt_length == 0
         self.criteria = StoppingCriteriaList()
+        self.deadline = torch.inf if config.max_time is None else time.monotonic() + config.max_time
         self.ids = ids.clone()
         self.history: list[DecodingStep] | None = [] if config.output_history else None
         eos = [] if self.infilling or config.eos_token_id is None else config.eos_token_id
@@ -212,11 +239,13 @@ class _Run:
         self.ends = torch.full((len(ids),), ids.shape[1])  # column behind each row's last token
         self.forward_passes, self.tokens_remasked = (torch.zeros(len(ids), dtype=torch.long) for _ in range(2))
         self.errors = torch.full(ids.shape, torch.nan)
+        self.written = torch.ones(ids.shape)
         self.streamed = prompt_length
 
     def start(self, blocks, attention_mask, logits_processor: LogitsProcessorList | None) -> None:
         """Decode everything."""
         config = self.config
+        config._eos_token_tensor = self.eos  # transformers reads it to make processors
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
         self.blocks, self.attention_mask, self.positions = blocks, attention_mask, positions
         self.options = DecodingOptions(
@@ -270,7 +299,8 @@ class _Run:
         done = torch.zeros_like(completed)
         for i in completed.nonzero()[:, 0].tolist():
             row = int(canvas.rows[i])
-            self.ids[row], self.errors[row] = canvas.ids[i], canvas.errors[i].cpu()
+            self.ids[row] = canvas.ids[i]
+            self.errors[row], self.written[row] = canvas.errors[i].cpu(), canvas.written[i].cpu()
             self.forward_passes[row] = canvas.forward_passes[i]
             self.tokens_remasked[row] = canvas.state.remasks[i].sum().cpu()
             columns = (canvas.blocks[i] == canvas.current[i]).nonzero()[:, 0].tolist()
@@ -282,16 +312,19 @@ class _Run:
         return done
 
     def _end_of_row(self, ids: torch.Tensor, columns: list[int]) -> int | None:
-        """The column behind the token that ends the row, if one in these columns does."""
+        """The column behind the token that ends the row, if one does: in these columns or, where tokens of earlier
+        blocks may have changed, in the response."""
         begin = self.prompt_length if self.config.remask_scope == "generated" else columns[0]
         found = torch.isin(ids[begin : columns[-1] + 1], self.eos).nonzero()[:1, 0].tolist()
         eos_end = begin + found[0] + 1 if found else None
         if self.criteria:
-            for column in range(columns[0], columns[-1] + 1):
+            for column in range(begin, columns[-1] + 1):
                 if eos_end is not None and column >= eos_end:
                     break
                 if bool(self.criteria(ids[None, : column + 1], None).all()):
                     return column + 1
+        if eos_end is None and time.monotonic() >= self.deadline:
+            return columns[-1] + 1
         return eos_end
 
     def output(self, trim: bool) -> torch.LongTensor | DSCGenerationOutput:
@@ -329,6 +362,7 @@ class _Run:
         mask_id = self.model.config.mask_token_id
         ids = self.ids.masked_fill(after.to(self.ids.device) & (self.blocks >= 0), mask_id)
         canvas = Canvas(ids, self.blocks, self.attention_mask, self.positions)
+        canvas.written = self.written.to(ids.device)
         everything = slice(0, ids.shape[1])
         prediction = predict(self.model, canvas, self.options, everything, self.options.score == "head")
         self.forward_passes += 1
@@ -369,8 +403,8 @@ def _as_generator(generator: torch.Generator | int | None, device: torch.device)
 
 
 def _criteria_config(config: DSCGenerationConfig) -> GenerationConfig:
-    """What transformers makes stopping criteria from: not lengths and EOS, which the loop handles itself."""
-    criteria = GenerationConfig(max_time=config.max_time, stop_strings=config.stop_strings)
+    """What transformers makes stopping criteria from: not lengths, time and EOS, which are handled here."""
+    criteria = GenerationConfig(stop_strings=config.stop_strings)
     criteria._eos_token_tensor = None
     return criteria
 

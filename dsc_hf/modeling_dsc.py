@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ logger = logging.get_logger(__name__)
 
 HEAD_ARGUMENTS = ("tap_layer", "rms_norm_eps", "rope_theta", "initializer_range")
 LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
+PUSH_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 
 
 @dataclass
@@ -82,8 +84,8 @@ class DSCForMaskedDiffusion(DSCGenerationMixin, PreTrainedModel):
     [`~DSCForMaskedDiffusion.from_backbone`], load one with [`~DSCForMaskedDiffusion.from_pretrained`].
 
     Args:
-        config ([`DSCConfig`]): with `base_config` set, the backbone is built too (its weights come from the checkpoint);
-            otherwise it is attached later.
+        config ([`DSCConfig`]): with `base_config` set, the backbone is built too (its weights come from the
+            checkpoint); otherwise it is attached later.
     """
 
     config_class = DSCConfig
@@ -98,12 +100,16 @@ class DSCForMaskedDiffusion(DSCGenerationMixin, PreTrainedModel):
     _keep_in_fp32_modules_strict = ["correction_head"]
 
     def __init__(self, config: DSCConfig):
+        attention = config._attn_implementation
         super().__init__(config)
         self.correction_head = CorrectionHead(config)
         self.backbone: PreTrainedModel | None = None
         if config.base_config is not None:
             base_config = AutoConfig.for_model(**copy.deepcopy(config.base_config))
-            self.backbone = auto_class_of(base_config).from_config(base_config)
+            # the dtype asked for, which transformers makes the default while it loads, not the one in base_config
+            self.backbone = auto_class_of(base_config).from_config(
+                base_config, attn_implementation=attention, dtype=torch.get_default_dtype()
+            )
         self.post_init()
         if self.backbone is not None:
             freeze(self.backbone)
@@ -161,7 +167,9 @@ class DSCForMaskedDiffusion(DSCGenerationMixin, PreTrainedModel):
             backbone_hidden_size=text_config.hidden_size,
             backbone_num_layers=len(transformer_blocks(model)),
             **{
-                f"{kind}_token_id": _first_set(f"{kind}_token_id", tokenizer, model.generation_config, model.config)
+                f"{kind}_token_id": _first_set(
+                    f"{kind}_token_id", tokenizer, getattr(model, "generation_config", None), model.config
+                )
                 for kind in ("eos", "pad", "bos")
             },
             **head_arguments,
@@ -204,6 +212,12 @@ class DSCForMaskedDiffusion(DSCGenerationMixin, PreTrainedModel):
         if self.backbone is not None:
             self.backbone.eval()
         return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The backbone's precision; the head may have another."""
+        backbone = getattr(self, "backbone", None)
+        return super().dtype if backbone is None else backbone.dtype
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's token embeddings."""
@@ -276,8 +290,8 @@ class DSCForMaskedDiffusion(DSCGenerationMixin, PreTrainedModel):
             input_ids (`torch.LongTensor`): `(B, L)`, mask tokens where nothing is written yet.
             attention_mask (`torch.Tensor`, *optional*): `(B, L)`, 0 at padding.
             position_ids (`torch.LongTensor`, *optional*): `(B, L)`, counted from 0; needed with left padding.
-            labels (`torch.LongTensor`, *optional*): `(B, L)`, the correct ids, -100 where there is no loss. The loss is
-                the mean of eq. 4.1 over visible labelled positions; the backbone gets no gradient.
+            labels (`torch.LongTensor`, *optional*): `(B, L)`, the correct ids, -100 where there is no loss. The loss
+                is the mean of eq. 4.1 over visible labelled positions; the backbone gets no gradient.
             output_error_logits (`bool`, *optional*): ask the head; by default if it has been trained.
             return_dict (`bool`): return a [`DSCOutput`] instead of a tuple.
 
@@ -401,13 +415,15 @@ class DSCForMaskedDiffusion(DSCGenerationMixin, PreTrainedModel):
             save_directory (`str`): the folder.
             merge_backbone (`bool`, *optional*): save the backbone's weights too. By default only if they came from a
                 merged checkpoint.
-            kwargs: as of [`~transformers.PreTrainedModel.save_pretrained`].
+            kwargs: as of [`~transformers.PreTrainedModel.save_pretrained`]; with `push_to_hub=True` also those of
+                [`push_to_hub`].
         """
         target = Path(save_directory)
         if target.is_file():
             raise ValueError(f"`save_directory={str(target)!r}` is a file; name a folder.")
         merge = self.config.base_config is not None if merge_backbone is None else merge_backbone
         push = kwargs.pop("push_to_hub", False)
+        push_kwargs = {k: kwargs.pop(k) for k in PUSH_ARGUMENTS if k in kwargs}
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
@@ -424,7 +440,23 @@ class DSCForMaskedDiffusion(DSCGenerationMixin, PreTrainedModel):
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         if push:
-            self.push_to_hub(kwargs.pop("repo_id", target.name), merge_backbone=merge)
+            if "token" in kwargs:
+                push_kwargs["token"] = kwargs["token"]
+            self.push_to_hub(push_kwargs.pop("repo_id", target.name), merge_backbone=merge, **push_kwargs)
+
+    def push_to_hub(self, repo_id: str, *, merge_backbone: bool | None = None, **kwargs: Any) -> str:
+        """Save to the Hub.
+
+        Args:
+            repo_id (`str`): the repository.
+            merge_backbone (`bool`, *optional*): as of [`save_pretrained`].
+            kwargs: as of [`~transformers.PreTrainedModel.push_to_hub`].
+        """
+        self.save_pretrained = partial(self.save_pretrained, merge_backbone=merge_backbone)
+        try:
+            return super().push_to_hub(repo_id, **kwargs)
+        finally:
+            del self.save_pretrained
 
     @contextmanager
     def _config_for_saving(self, merge: bool) -> Iterator[None]:

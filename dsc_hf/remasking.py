@@ -64,8 +64,8 @@ class RemaskState:
     Args:
         remasks (`torch.LongTensor`): `(B, L)`, how often each position was taken back.
         block_remasks (`torch.LongTensor`): `(B,)`, how many in the current block.
-        stamps (`torch.LongTensor`): `(B, L)`, the running number of each position's last remask in this block, from 1; 0
-            if there was none. The FIFO buffer of the last `B` remasked positions is `stamps > block_remasks - B`.
+        stamps (`torch.LongTensor`): `(B, L)`, the running number of each position's last remask in this block, from
+            1; 0 if there was none. The FIFO buffer of the last `B` remasked positions is `stamps > block_remasks - B`.
     """
 
     remasks: torch.Tensor

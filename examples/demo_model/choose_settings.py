@@ -19,8 +19,15 @@ from word_problems import draw_problems
 
 import dsc_hf  # noqa: F401  (registers the Auto classes)
 
-THRESHOLDS = {"visible": (0.7, 0.8, 0.9, 0.95), "head": (0.1, 0.2, 0.3, 0.5)}
+THRESHOLDS = {"visible": (0.8, 0.9, 0.95), "head": (0.15, 0.3, 0.5)}
 MAX_PER_POSITION = (1, 2)
+
+
+def best_row(rows: list[dict], score: str, k: int) -> dict:
+    """The best setting of a score at `k` tokens a step: accuracy of the number and of the whole reasoning, less a point
+    for each further forward pass."""
+    own = [r for r in rows if (r["settings"]["remasking_score"], r["settings"]["tokens_per_step"]) == (score, k)]
+    return max(own, key=lambda r: r["accuracy"] + r["reasoning_accuracy"] - 0.01 * r["forward_passes"])
 
 
 def main() -> None:
@@ -51,9 +58,7 @@ def main() -> None:
     bar.close()
     chosen: dict[str, dict[str, dict]] = {}
     for score, k in itertools.product(THRESHOLDS, args.tokens_per_step):
-        own = [r for r in rows if (r["settings"]["remasking_score"], r["settings"]["tokens_per_step"]) == (score, k)]
-        # accuracy of the number and of the reasoning, and a price of half a point for each further pass
-        best = max(own, key=lambda r: r["accuracy"] + r["reasoning_accuracy"] - 0.01 * r["forward_passes"])
+        best = best_row(rows, score, k)
         chosen.setdefault(score, {})[str(k)] = best["settings"]
         print(score, k, best)
     result = {"chosen": chosen, "problems": args.problems, "seed": args.seed, "split": "validation", "rows": rows}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 from pathlib import Path
@@ -44,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("build/demo_model"))
     parser.add_argument("--rows", type=int, default=400_000, help="rows to train the backbone on")
+    parser.add_argument("--head_rows", type=int, default=50_000, help="the first of these, to train the head on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,8 @@ def main() -> None:
     tokenizer.save_pretrained(args.output_dir / "start")
     backbone_config(tokenizer).save_pretrained(args.output_dir / "start")
     write_rows(args.output_dir / "train.jsonl", args.rows, args.seed, "train")
-    write_rows(args.output_dir / "validation.jsonl", 1_000, args.seed, "validation")
+    with (args.output_dir / "train.jsonl").open() as rows, (args.output_dir / "head.jsonl").open("w") as file:
+        file.writelines(itertools.islice(rows, args.head_rows))
     print(f"Wrote {args.rows} rows, tokenizer and config to {args.output_dir}")
 
 

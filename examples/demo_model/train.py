@@ -67,9 +67,9 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, default=ROOT / "build" / "demo_model")
     parser.add_argument("--model_cards", type=Path, default=ROOT / "model_cards")
     parser.add_argument("--rows", type=int, default=400_000, help="problems to train on")
-    parser.add_argument("--backbone_steps", type=int, default=8000)
+    parser.add_argument("--backbone_steps", type=int, default=10_000)
     parser.add_argument("--head_steps", type=int, default=1500)
-    parser.add_argument("--state_prompts", type=int, default=4000, help="decodes the head learns from")
+    parser.add_argument("--state_prompts", type=int, default=3000, help="decodes the head learns from")
     parser.add_argument("--validation_problems", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
@@ -79,15 +79,15 @@ def main() -> None:
 
     prepare = ("--output_dir", work, "--rows", args.rows, "--seed", args.seed)
     run("Writing problems", seconds, "demo_model/prepare.py", *prepare)
-    data = ["--dataset", work / "train.jsonl", *DATA, "--seed", args.seed]
+    data = [*DATA, "--seed", args.seed]
     run(
-        "Training the backbone", seconds, "train_backbone.py", *data, *TRAINING, *BACKBONE_TRAINING, *resume,
+        "Training the backbone", seconds, "train_backbone.py", "--dataset", work / "train.jsonl", *data, *TRAINING, *BACKBONE_TRAINING, *resume,
         "--config", work / "start" / "config.json", "--tokenizer", work / "start",
         "--output_dir", work / "backbone", "--max_steps", args.backbone_steps,
     )
     lay_out(work / "backbone", cards / BACKBONE)
     run(
-        "Training the head", seconds, "train_head.py", *data, *TRAINING, *HEAD_MODEL, *HEAD_TRAINING, *resume,
+        "Training the head", seconds, "train_head.py", "--dataset", work / "head.jsonl", *data, *TRAINING, *HEAD_MODEL, *HEAD_TRAINING, *resume,
         "--backbone", cards / BACKBONE, "--base_name", f"../{BACKBONE}", "--output_dir", work / "head",
         "--max_steps", args.head_steps, "--targets", "leave_one_out", "--state_prompts", args.state_prompts,
         "--states_per_prompt", 16, "--judge", f"{HERE / 'word_problems.py'}:judge",

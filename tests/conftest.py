@@ -1,0 +1,195 @@
+"""Small random models and a tokenizer, made in memory, so that no test needs a network or more than a moment."""
+
+import copy
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from dsc_hf import DSCForMaskedDiffusion
+
+PAD, EOS, MASK = 0, 1, 2
+TOKENS = 30
+"""Ids that are tokens: pad, EOS, mask, the space (3) and the letters a to z (4 to 29)."""
+VOCAB = 32
+"""Rows of the embeddings; the last two are padding that no decode may write."""
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+def make_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
+    """A bidirectional Llama whose random predictions differ clearly between positions and contexts."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    tokens = {"pad_token_id": PAD, "eos_token_id": None, "bos_token_id": None, "mask_token_id": MASK}
+    config = LlamaConfig(
+        **{
+            **sizes,
+            **tokens,
+            "vocab_size": VOCAB,
+            "max_position_embeddings": 64,
+            "is_causal": False,
+            "initializer_range": 0.6,
+            **changes,
+        }
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def make_bert(seed: int = 0, **changes) -> BertForMaskedLM:
+    """A BERT: stock masked LM, absolute positions."""
+    torch.manual_seed(seed)
+    config = BertConfig(
+        **{
+            "vocab_size": VOCAB,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 64,
+            "pad_token_id": PAD,
+            "mask_token_id": MASK,
+            "initializer_range": 0.6,
+            **changes,
+        }
+    )
+    return BertForMaskedLM(config).eval()
+
+
+def make_roberta(seed: int = 0) -> RobertaForMaskedLM:
+    """A RoBERTa: its positions begin behind the padding index, so 34 of them hold 32 tokens."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": MASK}
+    return RobertaForMaskedLM(
+        RobertaConfig(max_position_embeddings=34, initializer_range=0.6, **sizes, **tokens)
+    ).eval()
+
+
+def mark_trained(model: DSCForMaskedDiffusion, seed: int = 1) -> DSCForMaskedDiffusion:
+    """Give the head large random weights, so that about half of its error probabilities exceed 0.5, and say that it
+    has been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    head = model.correction_head
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            if parameter.dim() > 1:
+                scale = 3.0 if name.startswith("score") else 1.0
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale / parameter.shape[1] ** 0.5)
+        ids = torch.randint(3, TOKENS, (8, 12), generator=generator)
+        head.score.bias -= model.score(ids, *model.read(ids)).median()
+    model.config.head_trained = True
+    return model
+
+
+class TableModel:
+    """A stand-in for `DSCForMaskedDiffusion` in `decode()`: logits and error logits are looked up in random tables and
+    depend on every token of the row, its position and nothing else."""
+
+    def __init__(self, seed: int = 0, positions: int = 48, width: int = 8):
+        generator = torch.Generator().manual_seed(seed)
+
+        def table(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator)
+
+        self.tokens = table(positions, VOCAB, width)
+        self.mixing, self.to_vocab, self.bias = table(positions, width), table(width, VOCAB), table(positions, VOCAB)
+        self.error_mixing, self.error_bias = table(positions, width), 2 * table(positions, VOCAB)
+        self.calls = []
+
+    def read(self, input_ids, attention_mask, position_ids):
+        self.calls.append(input_ids.clone())
+        states = (self.tokens[position_ids, input_ids] * attention_mask[..., None]).sum(1, keepdim=True)
+        states = torch.tanh(states * 0.5).expand(-1, input_ids.shape[1], -1)
+        return (states * self.mixing[position_ids]) @ self.to_vocab + self.bias[position_ids], states
+
+    def score(self, input_ids, logits, hidden_states, attention_mask, position_ids):
+        mixed = (hidden_states * self.error_mixing[position_ids]).sum(-1)
+        return mixed + self.error_bias[position_ids, input_ids]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a letter."""
+    letters = " abcdefghijklmnopqrstuvwxyz"
+    vocabulary = {"[PAD]": PAD, "[EOS]": EOS, "[MASK]": MASK, **{letter: 3 + i for i, letter in enumerate(letters)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        eos_token="[EOS]",
+        mask_token="[MASK]",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(backbone=None, seed: int = 0, **head) -> DSCForMaskedDiffusion:
+    """A wrapped backbone (Llama by default) with a small head that counts as trained and no EOS."""
+    backbone = make_llama(seed) if backbone is None else backbone
+    head = {"head_num_layers": 1, "head_intermediate_size": 16, "head_num_attention_heads": 2, **head}
+    model = DSCForMaskedDiffusion.from_backbone(backbone, tokenizer=make_tokenizer(), **head)
+    model.generation_config.eos_token_id = None
+    return mark_trained(model).eval()
+
+
+def prompt_ids(length: int = 5, rows: int = 1, seed: int = 0) -> torch.Tensor:
+    """Random letters, `(rows, length)`."""
+    return torch.randint(4, TOKENS, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_pad(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of prompts `(length,)` padded on the left, and its attention mask."""
+    width = max(len(p) for p in prompts)
+    ids = torch.stack([torch.nn.functional.pad(p, (width - len(p), 0), value=PAD) for p in prompts])
+    mask = torch.stack([(torch.arange(width) >= width - len(p)).long() for p in prompts])
+    return ids, mask
+
+
+@pytest.fixture(scope="session")
+def _shared_model() -> DSCForMaskedDiffusion:
+    return make_model()
+
+
+@pytest.fixture
+def model(_shared_model) -> DSCForMaskedDiffusion:
+    """A wrapped Llama with a head that fires; a fresh copy for each test."""
+    return copy.deepcopy(_shared_model)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def prompt() -> torch.Tensor:
+    """One prompt `(1, 5)`."""
+    return prompt_ids()
+
+
+@pytest.fixture
+def backbone_folder(tmp_path, tokenizer):
+    """A saved Llama backbone with its tokenizer, in `tmp_path/backbone`."""
+    make_llama().save_pretrained(tmp_path / "backbone")
+    tokenizer.save_pretrained(tmp_path / "backbone")
+    return tmp_path / "backbone"

@@ -1,0 +1,186 @@
+"""Which checkpoints become a backbone, what is refused, and the facts about them."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import EOS, MASK, VOCAB, make_bert, make_llama, make_roberta
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaModel,
+)
+
+from dsc_hf import backbones
+from dsc_hf.backbones import align_logits, aligned_logits, auto_class_of, load_backbone, mask_token_id_of
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.update(changes)
+    path.write_text(json.dumps(config))
+
+
+# The class
+
+
+def test_auto_class():
+    assert auto_class_of(make_bert().config, "BertForMaskedLM") is AutoModelForMaskedLM
+    assert auto_class_of(make_llama().config, "LlamaForCausalLM") is AutoModelForCausalLM
+
+
+@pytest.mark.parametrize("is_causal", [True, None])
+def test_causal_backbones_are_refused(is_causal):
+    config = make_llama().config
+    config.is_causal = is_causal
+    with pytest.raises(ValueError, match="attends to the left only.*set `is_causal` to false"):
+        auto_class_of(config, "LlamaForCausalLM")
+
+
+def test_other_classes_are_refused():
+    with pytest.raises(ValueError, match="no stock masked LM or causal LM class"):
+        auto_class_of(make_llama().config, "LlamaForSequenceClassification")
+
+
+def test_causal_checkpoints_are_refused(tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel.*attends to the left only"):
+        load_backbone(str(tmp_path))
+
+
+def test_checkpoints_without_lm_head_are_refused(tmp_path):
+    LlamaModel(make_llama().config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no stock masked LM or causal LM class"):
+        load_backbone(str(tmp_path))
+
+
+# Loading
+
+
+def test_loads_frozen_and_bit_equal(backbone_folder):
+    loaded, original = load_backbone(str(backbone_folder)), make_llama()
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    for (name, a), (_, b) in zip(loaded.state_dict().items(), original.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_missing_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.*could not be read.*Check the path or Hub id"):
+        load_backbone(str(tmp_path / "nowhere"))
+
+
+def test_a_folder_without_weights_is_an_error(backbone_folder):
+    (backbone_folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="could not be read"):
+        load_backbone(str(backbone_folder))
+
+
+def test_pickles_are_never_loaded(backbone_folder):
+    weights = backbone_folder / "model.safetensors"
+    torch.save(load_file(weights), backbone_folder / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(ValueError, match="safetensors"):
+        load_backbone(str(backbone_folder))
+
+
+@pytest.mark.parametrize("keep", [4, 40, 0.5, -8])
+def test_truncated_weights_are_an_error(backbone_folder, keep):
+    weights = backbone_folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: int(len(content) * keep) if isinstance(keep, float) else keep])
+    with pytest.raises(ValueError, match="weights of the backbone .* are corrupt.*fetch them again"):
+        load_backbone(str(backbone_folder))
+
+
+def test_garbage_weights_are_an_error(backbone_folder):
+    weights = backbone_folder / "model.safetensors"
+    weights.write_bytes(b"\xff" * weights.stat().st_size)
+    with pytest.raises(ValueError, match="corrupt"):
+        load_backbone(str(backbone_folder))
+
+
+def test_missing_tensors_are_an_error(backbone_folder):
+    path = backbone_folder / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing \['model.layers.1.mlp.up_proj.weight'\]"):
+        load_backbone(str(backbone_folder))
+
+
+def test_wrong_shapes_are_an_error(backbone_folder):
+    path = backbone_folder / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"] = torch.ones(7)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="does not fit its config.json"):
+        load_backbone(str(backbone_folder))
+
+
+def test_a_corrupt_config_is_an_error(backbone_folder):
+    (backbone_folder / "config.json").write_text('{"model_type": "llama", ')
+    with pytest.raises(ValueError, match="could not be read"):
+        load_backbone(str(backbone_folder))
+
+
+def test_location_arguments_reach_the_checkpoint(backbone_folder):
+    shutil.move(backbone_folder, backbone_folder.parent / "outer/inner")
+    loaded = load_backbone(str(backbone_folder.parent / "outer"), subfolder="inner", dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+
+
+# Facts
+
+
+def test_blocks_are_found():
+    assert backbones.transformer_blocks(make_llama()) is not None
+    assert len(backbones.transformer_blocks(make_bert())) == 3
+    model = make_llama()
+    model.config.num_hidden_layers = 17
+    with pytest.raises(ValueError, match="no list of `num_hidden_layers=17` blocks"):
+        backbones.transformer_blocks(model)
+
+
+def test_mask_token_comes_from_config_or_tokenizer(tokenizer):
+    assert mask_token_id_of(make_llama()) == MASK
+    assert mask_token_id_of(make_llama(mask_token_id=None), tokenizer) == MASK
+    assert mask_token_id_of(make_llama(), tokenizer) == MASK
+
+
+def test_mask_token_must_be_known(tokenizer):
+    with pytest.raises(ValueError, match="`mask_token_id` is in neither.*pass `mask_token_id=`"):
+        mask_token_id_of(make_llama(mask_token_id=None))
+    with pytest.raises(ValueError, match=f"`mask_token_id={EOS}` and the tokenizer {MASK}"):
+        mask_token_id_of(make_llama(mask_token_id=EOS), tokenizer)
+    with pytest.raises(ValueError, match="`mask_token_id=32` is outside the backbone's 32 embeddings"):
+        mask_token_id_of(make_llama(mask_token_id=VOCAB))
+
+
+def test_positions():
+    assert (backbones.position_offset(make_llama()), backbones.max_positions(make_llama())) == (0, 64)
+    assert (backbones.position_offset(make_bert()), backbones.max_positions(make_bert())) == (0, 64)
+    assert (backbones.position_offset(make_roberta()), backbones.max_positions(make_roberta())) == (2, 32)
+
+
+def test_find_tokenizer(backbone_folder, tmp_path):
+    assert backbones.find_tokenizer(str(backbone_folder)).mask_token_id == MASK
+    assert backbones.find_tokenizer(str(tmp_path / "nowhere")) is None
+
+
+def test_align_logits():
+    logits = torch.arange(4.0)[None, :, None].expand(1, 4, 2)
+    assert align_logits(logits, 0) is logits
+    assert align_logits(logits, 1)[0, :, 0].tolist() == [0, 0, 1, 2]
+    assert align_logits(logits, 2)[0, :, 1].tolist() == [0, 0, 0, 1]
+
+
+def test_aligned_logits_reads_the_shift_from_the_config():
+    ids = torch.tensor([[5, 6, 7, 8]])
+    plain = aligned_logits(make_llama(), ids, None)
+    shifted = aligned_logits(make_llama(logits_shift=1), ids, None)
+    assert torch.equal(shifted[:, 1:], plain[:, :-1])

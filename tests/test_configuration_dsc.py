@@ -1,0 +1,73 @@
+"""DSCConfig: derived sizes, checks, and a file that keeps everything."""
+
+import pytest
+
+from dsc_hf import DSCConfig
+
+BACKBONE = {"mask_token_id": 2, "vocab_size": 32, "backbone_hidden_size": 192, "backbone_num_layers": 4}
+
+
+def test_sizes_follow_the_backbone():
+    config = DSCConfig(**BACKBONE)
+    assert (config.head_hidden_size, config.head_num_attention_heads, config.head_num_layers) == (192, 3, 2)
+    assert config.head_intermediate_size == 512 and config.tap_layer == -2
+
+
+def test_wide_backbones_get_a_head_of_2048():
+    assert DSCConfig(**{**BACKBONE, "backbone_hidden_size": 4096}).head_hidden_size == 2048
+
+
+def test_given_sizes_are_kept():
+    sizes = {"head_hidden_size": 64, "head_num_attention_heads": 4, "head_intermediate_size": 7, "head_num_layers": 3}
+    config = DSCConfig(**BACKBONE, **sizes)
+    assert {k: getattr(config, k) for k in sizes} == sizes
+
+
+@pytest.mark.parametrize("layer", [-5, 4, 31])
+def test_tap_layer_must_be_in_the_backbone(layer):
+    with pytest.raises(ValueError, match=rf"`tap_layer={layer}` is outside.*4 blocks.*-4 to 3"):
+        DSCConfig(**BACKBONE, tap_layer=layer)
+
+
+@pytest.mark.parametrize("layer", [-4, 0, 3])
+def test_every_layer_of_the_backbone_can_be_tapped(layer):
+    assert DSCConfig(**BACKBONE, tap_layer=layer).tap_layer == layer
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_hidden_size": 30, "head_num_attention_heads": 4}, "`head_hidden_size=30` must be a multiple"),
+        ({"head_hidden_size": 0}, "`head_hidden_size=0` must be a multiple"),
+        ({"head_hidden_size": 36, "head_num_attention_heads": 4}, "even width"),
+        ({"head_num_attention_heads": 0}, "head_num_attention_heads"),
+        ({"head_num_layers": 0}, "`head_num_layers=0` must be at least 1"),
+    ],
+)
+def test_impossible_heads_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DSCConfig(**BACKBONE, **changes)
+
+
+def test_round_trip(tmp_path):
+    config = DSCConfig(
+        **BACKBONE,
+        base_model_name_or_path="../backbone",
+        base_model_revision="abc",
+        logits_shift=1,
+        token_count=30,
+        tap_layer=1,
+        head_reread=False,
+        head_trained=True,
+        eos_token_id=[1, 5],
+        rope_theta=5000.0,
+    )
+    config.save_pretrained(tmp_path)
+    again = DSCConfig.from_pretrained(tmp_path)
+    assert again.to_dict() == config.to_dict() | {"transformers_version": again.to_dict()["transformers_version"]}
+    assert again.eos_token_id == [1, 5] and again.head_trained and again.logits_shift == 1
+
+
+def test_an_empty_config_can_be_made():
+    """transformers makes one to compare with when it saves."""
+    assert DSCConfig().head_hidden_size is None

@@ -1,0 +1,733 @@
+"""generate() and infill() as a user of transformers meets them: prompts, endings, streams, errors."""
+
+import contextlib
+import copy
+import io
+
+import pytest
+import torch
+from conftest import (
+    EOS,
+    MASK,
+    PAD,
+    TOKENS,
+    VOCAB,
+    left_pad,
+    make_bert,
+    make_llama,
+    make_model,
+    prompt_ids,
+)
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    TextDiffusionStreamer,
+    TextIteratorStreamer,
+    pipeline,
+)
+
+from dsc_hf import DSCForMaskedDiffusion, DSCGenerationConfig, DSCGenerationOutput
+
+HEAD = {"remasking_score": "head", "block_length": 6, "max_new_tokens": 12}
+
+
+def count_forwards(model):
+    """A list that grows by the batch size at each forward of the backbone."""
+    sizes = []
+    model.backbone.register_forward_hook(lambda module, args, output: sizes.append(output.logits.shape[0]))
+    return sizes
+
+
+def give_eos(model, prompt, at, **options):
+    """Make EOS what plain decoding writes at a place of the response where it is new; returns the place."""
+    response = model.generate(prompt, **options)[0, prompt.shape[1] :].tolist()
+    place = next(i for i in range(at, len(response)) if response[i] not in response[:i])
+    model.generation_config.eos_token_id = response[place]
+    return place
+
+
+# What comes out
+
+
+def test_returns_prompt_and_response(model, prompt):
+    out = model.generate(prompt, **HEAD)
+    assert out.shape == (1, 17) and torch.equal(out[:, :5], prompt)
+    assert (out != MASK).all() and (out < TOKENS).all()
+
+
+def test_ids_of_embedding_padding_are_never_written(prompt):
+    """Without a tokenizer nothing says that ids 30 and 31 are no tokens, and this backbone likes them."""
+    backbone = make_llama()
+    free = DSCForMaskedDiffusion.from_backbone(copy.deepcopy(backbone)).generate(prompt, max_new_tokens=24)
+    assert (free >= TOKENS).any()
+    assert (make_model(backbone).generate(prompt, max_new_tokens=24) < TOKENS).all()
+
+
+@pytest.mark.parametrize("options", [{"remask_threshold": 1.0}, {"remask_top_k": 0}, {"remasking_score": "none"}])
+def test_remasking_off_is_plain(model, prompt, options):
+    plain = model.generate(prompt, block_length=6, max_new_tokens=12, return_dict_in_generate=True)
+    off = model.generate(prompt, **{**HEAD, "return_dict_in_generate": True, **options})
+    on = model.generate(prompt, **HEAD, return_dict_in_generate=True)
+    assert torch.equal(plain.sequences, off.sequences) and torch.equal(plain.forward_passes, off.forward_passes)
+    assert plain.error_probabilities is None and off.error_probabilities is None
+    assert on.tokens_remasked > 0 == off.tokens_remasked
+
+
+def test_output_fields(model, prompt):
+    sizes = count_forwards(model)
+    out = model.generate(prompt, **HEAD, return_dict_in_generate=True, output_history=True)
+    assert isinstance(out, DSCGenerationOutput)
+    assert out.forward_passes.tolist() == [len(sizes)] == [len(out.history)]
+    assert out.tokens_remasked == sum(step.remasked.sum() for step in out.history) > 0
+    assert out.tokens_per_forward == pytest.approx(12 / len(sizes))
+    assert out.error_probabilities.shape == (1, 12)
+    assert model.generate(prompt, **HEAD, return_dict_in_generate=True).history is None
+
+
+@pytest.mark.parametrize("make", [make_llama, make_bert])
+@pytest.mark.parametrize("scope", ["block", "generated"])
+def test_batches_equal_single_rows(make, scope):
+    """Ragged prompts, padded on the left, in any order; finished rows beside unfinished ones."""
+    model = make_model(make())
+    prompts = [prompt_ids(length, seed=length)[0] for length in (7, 1, 4)]
+    options = {**HEAD, "block_length": 4, "remask_scope": scope, "verify_block": True}
+    options |= {"return_dict_in_generate": True}
+    give_eos(model, prompts[0][None], 0, **{**options, "return_dict_in_generate": False})
+    alone = [model.generate(p[None], **options) for p in prompts]
+    assert len({int(out.forward_passes) for out in alone}) > 1
+    for order in ([0, 1, 2], [2, 0, 1]):
+        ids, mask = left_pad([prompts[i] for i in order])
+        out = model.generate(ids, attention_mask=mask, **options)
+        for row, i in enumerate(order):
+            single, start = alone[i], ids.shape[1]
+            width = single.sequences.shape[1] - len(prompts[i])
+            assert torch.equal(out.sequences[row, start : start + width], single.sequences[0, len(prompts[i]) :])
+            assert out.forward_passes[row] == single.forward_passes[0]
+            assert out.tokens_remasked[row] == single.tokens_remasked[0]
+            torch.testing.assert_close(
+                out.error_probabilities[row, :width], single.error_probabilities[0], equal_nan=True
+            )
+
+
+def test_unusual_padding_content_changes_nothing(model):
+    """What stands under the attention mask's zeros, even a token that matters elsewhere, is not read."""
+    ids, mask = left_pad([prompt_ids(4)[0], prompt_ids(7)[0]])
+    other = torch.where(mask == 0, 9, ids)
+    a = model.generate(ids, attention_mask=mask, **HEAD)
+    b = model.generate(other, attention_mask=mask, **HEAD)
+    assert torch.equal(a[:, 7:], b[:, 7:])
+
+
+def test_output_is_in_the_callers_order(model):
+    prompts = prompt_ids(3, rows=4)
+    out = model.generate(prompts, **HEAD)
+    assert torch.equal(out[:, :3], prompts)
+    assert torch.equal(model.generate(prompts.flip(0), **HEAD), out.flip(0))
+
+
+# Lengths and names of the inputs
+
+
+def test_inputs_may_have_either_name(model, prompt):
+    expected = model.generate(prompt, max_new_tokens=4)
+    assert torch.equal(model.generate(inputs=prompt, max_new_tokens=4), expected)
+    assert torch.equal(model.generate(input_ids=prompt, max_new_tokens=4), expected)
+    with pytest.raises(ValueError, match="`inputs` or as `input_ids`"):
+        model.generate(prompt, input_ids=prompt)
+    with pytest.raises(ValueError, match="`inputs` or as `input_ids`"):
+        model.generate()
+
+
+def test_what_a_tokenizer_returns_goes_in(model, tokenizer):
+    """Also with `token_type_ids`, which BERT tokenizers add, as long as they say nothing."""
+    batch = tokenizer(["abc", "hello"], return_tensors="pt", padding=True, return_token_type_ids=True)
+    assert "token_type_ids" in batch
+    assert model.generate(**batch, max_new_tokens=3).shape == (2, 8)
+    batch["token_type_ids"][0, 0] = 1
+    with pytest.raises(ValueError, match="token_type_ids"):
+        model.generate(**batch, max_new_tokens=3)
+
+
+def test_max_length_counts_the_prompt(model, prompt):
+    assert torch.equal(model.generate(prompt, max_length=12), model.generate(prompt, max_new_tokens=7))
+
+
+@pytest.mark.parametrize("stored", ["max_new_tokens", "max_length"])
+def test_the_calls_length_beats_the_models(model, prompt, stored):
+    setattr(model.generation_config, stored, 9)
+    assert model.generate(prompt, max_length=7).shape == (1, 7)
+    assert model.generate(prompt, max_new_tokens=3).shape == (1, 8)
+    assert model.generate(prompt, generation_config=DSCGenerationConfig(max_length=7)).shape == (1, 7)
+    assert model.generate(prompt).shape == (1, 14 if stored == "max_new_tokens" else 9)
+
+
+def test_default_length_is_128():
+    model = make_model(make_llama(max_position_embeddings=200))
+    assert model.generate(prompt_ids(), tokens_per_step=32).shape == (1, 133)
+
+
+# EOS
+
+
+def test_ends_at_eos(model, prompt):
+    plain = model.generate(prompt, block_length=4, max_new_tokens=12)
+    place = give_eos(model, prompt, 1, block_length=4, max_new_tokens=12)
+    sizes = count_forwards(model)
+    out = model.generate(prompt, block_length=4, max_new_tokens=12, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, plain[:, : 5 + place + 1])
+    blocks = place // 4 + 1
+    assert len(sizes) == 4 * blocks < 12 == out.forward_passes * 12 / (4 * blocks)
+    assert out.tokens_per_forward == pytest.approx((place + 1) / (4 * blocks))
+
+
+def test_finished_rows_cost_nothing(model):
+    prompts = prompt_ids(4, rows=3)
+    place = give_eos(model, prompts[:1], 0, block_length=3, max_new_tokens=12)
+    sizes = count_forwards(model)
+    out = model.generate(prompts, block_length=3, max_new_tokens=12, return_dict_in_generate=True)
+    assert sizes[-1] < 3 and sum(sizes) == out.forward_passes.sum()
+    assert out.forward_passes[0] == 3 * (place // 3 + 1)
+    assert (out.sequences[0, 4 + place + 1 :] == PAD).all() and out.sequences[0, 4 + place] != PAD
+
+
+def test_any_of_several_eos_ends(model, prompt):
+    place = give_eos(model, prompt, 2, max_new_tokens=12, block_length=4)
+    model.generation_config.eos_token_id = [EOS, model.generation_config.eos_token_id]
+    assert model.generate(prompt, max_new_tokens=12, block_length=4).shape[1] == 5 + place + 1
+
+
+def test_eos_in_the_prompt_does_not_end(model):
+    prompt = torch.tensor([[5, 6, 7]])
+    model.generation_config.eos_token_id = 6
+    assert model.generate(prompt, max_new_tokens=4, suppress_tokens=[6]).shape == (1, 7)
+
+
+def test_pads_with_eos_if_there_is_no_pad_token(model):
+    prompts = prompt_ids(4, rows=3)
+    give_eos(model, prompts[:1], 0, block_length=3, max_new_tokens=12)
+    model.generation_config.pad_token_id = None
+    out = model.generate(prompts, block_length=3, max_new_tokens=12)
+    assert out[0, -1] == model.generation_config.eos_token_id
+
+
+# Error probabilities
+
+
+def test_error_probabilities_are_those_of_the_last_judgement(model, prompt):
+    out = model.generate(prompt, **HEAD, return_dict_in_generate=True, output_history=True)
+    last_written, last_judged = torch.full((17,), -1), torch.full((17,), -1)
+    for n, step in enumerate(out.history):
+        last_written[step.unmasked[0]] = n
+        last_judged[step.scored[0]] = n
+    judged = (last_judged > last_written)[5:]
+    assert torch.equal(~out.error_probabilities[0].isnan(), judged) and judged.any() and not judged.all()
+    position = int(judged.nonzero()[0]) + 5
+    before = out.history[last_judged[position] - 1].sequences  # what the head read in that step
+    with torch.no_grad():
+        expected = torch.sigmoid(-model(before, output_error_logits=True).error_logits[0, position])
+    assert out.error_probabilities[0, position - 5] == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("score", ["head", "visible", "none"])
+def test_error_probabilities_of_the_finished_text(model, prompt, score):
+    options = {**HEAD, "remasking_score": score, "return_dict_in_generate": True}
+    without = model.generate(prompt, **options)
+    out = model.generate(prompt, **options, output_error_probabilities=True)
+    assert torch.equal(out.sequences, without.sequences)
+    assert out.forward_passes == without.forward_passes + 1
+    with torch.no_grad():
+        read = model(out.sequences)
+    if score == "visible":
+        logits = read.logits.clone()
+        logits[..., [MASK, 30, 31]] = -torch.inf
+        expected = 1 - logits.softmax(-1).gather(-1, out.sequences[..., None])[..., 0]
+    else:
+        expected = torch.sigmoid(-read.error_logits)
+    torch.testing.assert_close(out.error_probabilities, expected[:, 5:], atol=1e-5, rtol=0)
+
+
+def test_written_error_probabilities_of_the_finished_text(model, prompt):
+    """They are those of the writing, also where nothing was judged."""
+    options = {**HEAD, "remasking_score": "written", "return_dict_in_generate": True, "remask_threshold": 0.7}
+    last = model.generate(prompt, **options).error_probabilities
+    every = model.generate(prompt, **options, output_error_probabilities=True).error_probabilities
+    known = ~last.isnan()
+    assert known.any() and not every.isnan().any()
+    torch.testing.assert_close(every[known], last[known])
+    assert (every > 0).all()
+
+
+def test_final_error_probabilities_of_ragged_rows(model):
+    """Padding and what stands behind EOS have none, and the others are as in a single row."""
+    prompts = [prompt_ids(4, seed=1)[0], prompt_ids(2, seed=2)[0]]
+    give_eos(model, prompts[0][None], 2, block_length=4, max_new_tokens=12)
+    options = {"block_length": 4, "max_new_tokens": 12, "return_dict_in_generate": True}
+    options["output_error_probabilities"] = True
+    ids, mask = left_pad(prompts)
+    out = model.generate(ids, attention_mask=mask, **options)
+    for row, p in enumerate(prompts):
+        single = model.generate(p[None], **options)
+        width = single.error_probabilities.shape[1]
+        assert not single.error_probabilities.isnan().any()
+        torch.testing.assert_close(out.error_probabilities[row, :width], single.error_probabilities[0])
+        assert out.error_probabilities[row, width:].isnan().all()
+
+
+# Sampling
+
+
+def test_samples_are_reproducible(model, prompt):
+    options = {**HEAD, "do_sample": True}
+    first = model.generate(prompt, **options, generator=7)
+    assert torch.equal(model.generate(prompt, **options, generator=7), first)
+    assert torch.equal(model.generate(prompt, **options, generator=torch.Generator().manual_seed(7)), first)
+    assert not torch.equal(model.generate(prompt, **options, generator=8), first)
+    torch.manual_seed(3)
+    drawn = model.generate(prompt, **options)
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(prompt, **options), drawn)
+
+
+def test_a_generator_leaves_the_global_state_alone(model, prompt):
+    state = torch.get_rng_state()
+    model.generate(prompt, **{**HEAD, "remasking_score": "random"}, do_sample=True, generator=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_random_score_takes_back_at_its_rate(model, prompt):
+    options = {**HEAD, "remasking_score": "random", "return_dict_in_generate": True, "output_history": True}
+    a, b = (model.generate(prompt, **options, generator=3) for _ in range(2))
+    assert torch.equal(a.sequences, b.sequences) and a.tokens_remasked == b.tokens_remasked > 0
+    rows = model.generate(
+        prompt.expand(60, -1), **options, max_remasks_per_block=1000, remask_threshold=0.7, generator=1
+    )
+    rate = sum(s.remasked.sum() for s in rows.history) / sum(s.scored.sum() for s in rows.history)
+    assert rate == pytest.approx(0.3, abs=0.03)
+
+
+def test_first_token_follows_the_softmax(model):
+    """Temperature included: frequencies within four standard errors of the probabilities."""
+    prompts = prompt_ids(3).expand(4000, -1)
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompts[0].tolist(), MASK]])).logits[0, -1] / 1.7
+    logits[[MASK, 30, 31]] = -torch.inf
+    p = logits.softmax(-1)
+    out = model.generate(prompts, max_new_tokens=1, do_sample=True, temperature=1.7, generator=0)
+    seen = out[:, -1].bincount(minlength=VOCAB) / 4000
+    assert ((seen - p).abs() <= 4 * (p * (1 - p) / 4000).sqrt() + 1e-9).all() and (p > 0.03).sum() > 3
+
+
+def test_top_k_1_and_low_temperature_are_greedy(model, prompt):
+    greedy = model.generate(prompt, max_new_tokens=8, block_length=4)
+    for options in ({"top_k": 1}, {"temperature": 1e-4}, {"top_p": 1e-6}):
+        out = model.generate(prompt, max_new_tokens=8, block_length=4, do_sample=True, **options)
+        assert torch.equal(out, greedy)
+
+
+def test_top_k_is_not_50_by_default():
+    """transformers' default would cut the distribution silently."""
+    assert "top_k" not in DSCGenerationConfig._get_default_generation_params()
+
+
+def test_num_return_sequences(model):
+    prompts = prompt_ids(3, rows=2)
+    out = model.generate(prompts, max_new_tokens=8, do_sample=True, num_return_sequences=3, generator=0)
+    assert out.shape == (6, 11) and torch.equal(out[:, :3], prompts.repeat_interleave(3, 0))
+    assert len({tuple(row) for row in out[:3].tolist()}) > 1
+
+
+# Processors and criteria
+
+
+def test_banned_tokens_are_not_written(model, prompt):
+    plain = model.generate(prompt, max_new_tokens=10)
+    banned = plain[0, 5:].unique().tolist()
+
+    def ban(ids, scores):
+        assert ids.shape[0] == scores.shape[0] and scores.shape[1] == VOCAB
+        scores = scores.clone()
+        scores[:, banned] = -torch.inf
+        return scores
+
+    by_processor = model.generate(prompt, max_new_tokens=10, logits_processor=LogitsProcessorList([ban]))
+    assert not torch.isin(by_processor[0, 5:], torch.tensor(banned)).any()
+    assert torch.equal(model.generate(prompt, max_new_tokens=10, suppress_tokens=banned), by_processor)
+    assert torch.equal(model.generate(prompt, max_new_tokens=10, bad_words_ids=[[b] for b in banned]), by_processor)
+
+
+def test_processors_do_not_change_confidence(model, prompt):
+    """Adding a constant to half of the vocabulary changes tokens; the error probability stays the backbone's own."""
+
+    def favour(ids, scores):
+        return scores + torch.where(torch.arange(VOCAB) == 9, 100.0, 0.0)
+
+    options = {"max_new_tokens": 6, "remasking_score": "written", "max_remasks_per_block": 0}
+    options |= {"return_dict_in_generate": True, "output_error_probabilities": True}
+    out = model.generate(prompt, logits_processor=LogitsProcessorList([favour]), **options)
+    assert (out.sequences[:, 5:] == 9).all() and (out.error_probabilities > 0.5).any()
+
+
+def test_stopping_criteria_cut_exactly(model, prompt):
+    plain = model.generate(prompt, block_length=4, max_new_tokens=12)
+    seen = []
+
+    def at_length_11(ids, scores):
+        seen.append(ids.shape)
+        assert (ids != MASK).all()
+        return torch.tensor([ids.shape[1] >= 11])
+
+    sizes = count_forwards(model)
+    out = model.generate(
+        prompt, block_length=4, max_new_tokens=12, stopping_criteria=StoppingCriteriaList([at_length_11])
+    )
+    assert torch.equal(out, plain[:, :11]) and len(sizes) == 8
+    assert seen == [(1, n) for n in range(6, 12)]
+
+
+@pytest.mark.parametrize("scope", ["block", "generated"])
+def test_stop_strings_cut_exactly(model, tokenizer, scope):
+    prompt = tokenizer(["hello"], return_tensors="pt").input_ids
+    options = {"max_new_tokens": 16, "block_length": 8, "remask_scope": scope, "remasking_score": "head"}
+    text = tokenizer.decode(model.generate(prompt, **options)[0, 5:])
+    stop = text[9:12]
+    out = model.generate(prompt, **options, stop_strings=[stop], tokenizer=tokenizer)
+    written = tokenizer.decode(out[0, 5:])
+    assert written == text[: text.index(stop) + 3]
+    with pytest.raises(ValueError, match="tokenizer"):
+        model.generate(prompt, **options, stop_strings=[stop])
+
+
+def test_a_stop_that_a_later_block_brings_about_is_seen(model):
+    """Scope "generated": a token of the first block that changes in the second is looked at again."""
+    prompt = prompt_ids(2)
+    options = {"max_new_tokens": 12, "block_length": 4, "remask_scope": "generated", "remasking_score": "head"}
+    options |= {"remask_threshold": 0.2, "max_remasks_per_block": 20}
+    for seed in range(20):
+        prompt = prompt_ids(2, seed=seed)
+        out = model.generate(prompt, **options, return_dict_in_generate=True, output_history=True)
+        first_block = next(s.sequences for s in out.history if not (s.sequences[0, 2:6] == MASK).any())[0, 2:6]
+        new = [t for t in out.sequences[0, 2:6].tolist() if t not in first_block.tolist()]
+        if new:
+            break
+    assert new, "no prompt shows the case"
+    stop = StoppingCriteriaList([lambda ids, scores: torch.tensor([int(ids[0, -1]) == new[0]])])
+    stopped = model.generate(prompt, **options, stopping_criteria=stop)
+    assert stopped[0, -1] == new[0] and not (stopped[0, 2:-1] == new[0]).any()
+
+
+def test_max_time_keeps_the_finished_block(model, prompt):
+    out = model.generate(prompt, block_length=4, max_new_tokens=40, max_time=0.0)
+    assert out.shape == (1, 9) and (out != MASK).all()
+    assert model.generate(prompt, max_new_tokens=8, max_time=60.0).shape == (1, 13)
+
+
+# Streamers
+
+
+class Recorder:
+    """A streamer that keeps what it gets."""
+
+    def __init__(self, drafts=True):
+        self.put_values, self.drafts, self.ended = [], [], 0
+        if drafts:
+            self.put_draft = lambda value: self.drafts.append(value.clone())
+
+    def put(self, value):
+        assert not self.ended
+        self.put_values.append(value.clone())
+
+    def end(self):
+        self.ended += 1
+
+
+@pytest.mark.parametrize("scope", ["block", "generated"])
+@pytest.mark.parametrize("with_eos", [False, True])
+def test_streamers_get_final_tokens_once(model, prompt, scope, with_eos):
+    options = {**HEAD, "block_length": 4, "remask_scope": scope}
+    if with_eos:
+        give_eos(model, prompt, 3, **options)
+    out = model.generate(prompt, **options, return_dict_in_generate=True)
+    recorder = Recorder()
+    assert torch.equal(model.generate(prompt, **options, streamer=recorder), out.sequences)
+    assert torch.equal(recorder.put_values[0], prompt) and recorder.ended == 1
+    assert torch.equal(torch.cat([v.flatten() for v in recorder.put_values]), out.sequences[0])
+    assert len(recorder.drafts) == out.forward_passes
+    if scope == "block":
+        assert len(recorder.put_values) == 1 + -(-(out.sequences.shape[1] - 5) // 4)
+    else:
+        assert len(recorder.put_values) == 2
+    assert (recorder.drafts[0] == MASK).sum() == 11
+
+
+def test_streamers_without_drafts(model, prompt, tokenizer):
+    recorder = Recorder(drafts=False)
+    out = model.generate(prompt, **HEAD, streamer=recorder)
+    assert torch.equal(torch.cat([v.flatten() for v in recorder.put_values]), out[0])
+    text = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    model.generate(prompt, **HEAD, streamer=text)
+    assert "".join(text) == tokenizer.decode(out[0, 5:])
+
+
+def test_text_diffusion_streamer(model, prompt, tokenizer):
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        out = model.generate(prompt, **HEAD, streamer=TextDiffusionStreamer(tokenizer, skip_prompt=True))
+    assert "[MASK]" in shown.getvalue()
+    final = shown.getvalue().split("\033[J")
+    assert "".join(part.split("\0337")[0] for part in final[1:]).strip("\n") == tokenizer.decode(out[0, 5:]).strip(
+        "\n"
+    )
+
+
+@pytest.mark.parametrize("method", ["put", "put_draft"])
+def test_a_streamer_that_raises_stops_the_decode(model, prompt, method):
+    recorder = Recorder()
+
+    def cancel(value):
+        raise KeyboardInterrupt("cancelled")
+
+    setattr(recorder, method, cancel)
+    with pytest.raises(KeyboardInterrupt, match="cancelled"):
+        model.generate(prompt, **HEAD, streamer=recorder)
+
+
+# pipeline()
+
+
+def test_pipeline(model, tokenizer):
+    model.generation_config.do_sample = False
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    expected = model.generate(**tokenizer(["hello"], return_tensors="pt"), max_new_tokens=6)
+    got = pipe("hello", max_new_tokens=6)
+    assert got[0]["generated_text"] == tokenizer.decode(expected[0], skip_special_tokens=True)
+    options = {"max_new_tokens": 8, "block_length": 4, "remasking_score": "head", "tokens_per_step": 2}
+    expected = model.generate(**tokenizer(["hello"], return_tensors="pt"), **options)
+    got = pipe("hello", **options, return_full_text=False)
+    assert got[0]["generated_text"] == tokenizer.decode(expected[0, 5:], skip_special_tokens=True)
+    with pytest.raises(ValueError, match="blok_length"):
+        pipe("hello", max_new_tokens=4, blok_length=4)
+
+
+def test_pipeline_batches(model, tokenizer):
+    model.generation_config.do_sample = False
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, batch_size=2)
+    texts = ["hello", "a longer one"]
+    together = [out[0]["generated_text"] for out in pipe(texts, max_new_tokens=6)]
+    assert together == [pipe(text, max_new_tokens=6)[0]["generated_text"] for text in texts]
+
+
+# infill()
+
+
+def test_infill_fills_masks_and_nothing_else(model):
+    ids = prompt_ids(12, rows=2)
+    ids[0, [0, 3, 4, 11]] = MASK
+    ids[1, 5:9] = MASK
+    out = model.infill(ids, block_length=2, remasking_score="head", verify_block=True)
+    kept = ids != MASK
+    assert torch.equal(out[kept], ids[kept]) and (out != MASK).all()
+    for row in range(2):
+        single = model.infill(ids[row : row + 1], block_length=2, remasking_score="head", verify_block=True)
+        assert torch.equal(single, out[row : row + 1])
+
+
+def test_infill_at_the_end_is_generate(model, prompt):
+    ids = torch.nn.functional.pad(prompt, (0, 12), value=MASK)
+    for options in ({}, {"remasking_score": "head"}, {"remasking_score": "visible", "remask_scope": "generated"}):
+        assert torch.equal(
+            model.infill(ids, block_length=6, **options),
+            model.generate(prompt, max_new_tokens=12, block_length=6, **options),
+        )
+
+
+def test_infill_takes_padding_on_either_side(model):
+    ids = prompt_ids(6)
+    ids[0, 2:4] = MASK
+    expected = model.infill(ids)
+    for padding in ((3, 0), (0, 3)):
+        padded = torch.nn.functional.pad(ids, padding, value=PAD)
+        mask = torch.nn.functional.pad(torch.ones_like(ids), padding)
+        out = model.infill(padded, attention_mask=mask)
+        assert torch.equal(out[mask.bool()], expected[0]) and (out[~mask.bool()] == PAD).all()
+
+
+def test_infill_does_not_end_at_eos_or_for_time(model):
+    ids = torch.full((1, 10), MASK)
+    ids[0, 4] = 7
+    plain = model.infill(ids, block_length=3)
+    model.generation_config.eos_token_id = int(plain[0, 0])
+    assert torch.equal(model.infill(ids, block_length=3, max_time=0.0), plain)
+
+
+def test_infill_output(model):
+    ids = prompt_ids(8)
+    ids[0, 2:7] = MASK
+    options = {"remasking_score": "head", "remask_threshold": 0.1, "output_history": True}
+    out = model.infill(ids, **options, return_dict_in_generate=True)
+    assert out.forward_passes.tolist() == [len(out.history)] and out.tokens_remasked > 0
+    assert out.tokens_per_forward == pytest.approx(5 / len(out.history))
+    assert out.error_probabilities.shape == (1, 8) and out.error_probabilities[0, [0, 1, 7]].isnan().all()
+
+
+def test_infill_needs_masks(model):
+    ids = prompt_ids(4, rows=2)
+    ids[0, 1] = MASK
+    with pytest.raises(ValueError, match="Row 1 of `input_ids` has no mask token"):
+        model.infill(ids)
+
+
+# Bad input
+
+BAD_ARGUMENTS = {
+    "block_length": 0,
+    "tokens_per_step": 0,
+    "remask_stride": 0,
+    "max_new_tokens": 0,
+    "max_length": -3,
+    "remask_top_k": -1,
+    "remask_buffer_size": -1,
+    "max_remasks_per_position": -1,
+    "max_remasks_per_block": -1,
+    "remask_threshold": -0.1,
+    "remasking_score": "best",
+    "remask_scope": "everywhere",
+    "rescore": "yes",
+    "num_beams": 2,
+    "num_return_sequences": 0,
+    "no_repeat_ngram_size": 2,
+    "min_new_tokens": 3,
+    "output_scores": True,
+    "assistant_model": "x",
+    "prefix_allowed_tokens_fn": print,
+    "bad_words_ids": [[4, 5]],
+    "blok_length": 8,
+    "steps": 128,
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_arguments_are_named(model, prompt, name):
+    with pytest.raises(ValueError, match=f"`{name}") as error:
+        model.generate(prompt, **{name: BAD_ARGUMENTS[name]})
+    assert str(BAD_ARGUMENTS[name])[:20] in str(error.value)
+
+
+@pytest.mark.parametrize("value", [2.0, True, "4", float("nan")])
+@pytest.mark.parametrize("name", ["block_length", "remask_top_k"])
+def test_counts_are_integers(model, prompt, name, value):
+    with pytest.raises(ValueError, match=f"`{name}=.* must be an integer"):
+        model.generate(prompt, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        (torch.tensor([[5, MASK, 6]]), None, "`input_ids` holds the mask token .* use `infill`"),
+        (torch.zeros(1, 0, dtype=torch.long), None, "`input_ids` of shape .* is empty"),
+        (torch.zeros(0, 3, dtype=torch.long), None, "`input_ids` of shape .* is empty"),
+        (torch.tensor([5, 6]), None, "`input_ids` must be a tensor of token ids"),
+        ([[5, 6]], None, "`input_ids` must be a tensor of token ids"),
+        (torch.tensor([[5.0, 6.0]]), None, "`input_ids` must be a tensor of token ids"),
+        (torch.tensor([[5, 32]]), None, "the backbone knows 0 to 31"),
+        (torch.tensor([[5, -1]]), None, "the backbone knows 0 to 31"),
+        (torch.tensor([[5, 6, 0]]), torch.tensor([[1, 1, 0]]), "pad prompts on the left"),
+        (torch.tensor([[5, 6, 7]]), torch.tensor([[1, 0, 1]]), "pad prompts on the left"),
+        (torch.tensor([[5, 6], [0, 0]]), torch.tensor([[1, 1], [0, 0]]), "all zero in a row"),
+        (torch.tensor([[5, 6, 7]]), torch.tensor([[1, 1]]), "`attention_mask` of shape"),
+    ],
+)
+def test_bad_prompts_are_explained(model, ids, mask, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(ids, attention_mask=mask, max_new_tokens=4)
+
+
+def test_too_long_is_an_error(model, prompt):
+    assert model.generate(prompt, max_new_tokens=59, tokens_per_step=32).shape == (1, 64)
+    with pytest.raises(ValueError, match="`max_new_tokens=60` exceed the backbone's 64 positions"):
+        model.generate(prompt, max_new_tokens=60)
+    with pytest.raises(ValueError, match="exceed the backbone's 64 positions"):
+        model.infill(torch.full((1, 65), MASK))
+
+
+@pytest.mark.parametrize("length", [5, 4])
+def test_no_room_is_an_error(model, prompt, length):
+    with pytest.raises(ValueError, match="`max_length=.* leaves no room"):
+        model.generate(prompt, max_length=length)
+
+
+def test_nan_logits_are_an_error(model, prompt):
+    with torch.no_grad():
+        model.backbone.lm_head.weight[7] = torch.nan
+    with pytest.raises(ValueError, match="NaN logits"):
+        model.generate(prompt, max_new_tokens=4)
+
+
+def test_untrained_heads_give_no_scores(model, prompt):
+    model.config.head_trained = False
+    with pytest.raises(ValueError, match="untrained.*remasking_score='visible'"):
+        model.generate(prompt, remasking_score="head")
+    with pytest.raises(ValueError, match="untrained"):
+        model.infill(torch.full((1, 4), MASK), remasking_score="head")
+    assert model.generate(prompt, remasking_score="visible", max_new_tokens=4).shape == (1, 9)
+
+
+def test_streamers_follow_one_row(model):
+    with pytest.raises(ValueError, match="`streamer` can follow one row only"):
+        model.generate(prompt_ids(3, rows=2), streamer=Recorder())
+    with pytest.raises(ValueError, match="`streamer` can follow one row only"):
+        model.generate(prompt_ids(3), do_sample=True, num_return_sequences=2, streamer=Recorder())
+
+
+def test_greedy_rows_are_not_repeated(model, prompt):
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        model.generate(prompt, num_return_sequences=2)
+
+
+# Where arguments come from
+
+
+def test_precedence(model, prompt):
+    """call > given config > the model's generation_config > defaults."""
+
+    def passes(config=None, **options):
+        out = model.generate(prompt, config, max_new_tokens=12, return_dict_in_generate=True, **options)
+        return int(out.forward_passes)
+
+    assert passes() == 12
+    model.generation_config.tokens_per_step = 2
+    assert passes() == 6
+    assert passes(DSCGenerationConfig(tokens_per_step=3)) == 4
+    assert passes(DSCGenerationConfig(tokens_per_step=3), tokens_per_step=4) == 3
+    assert passes(DSCGenerationConfig(block_length=5)) == 3 + 3 + 1
+    assert passes(GenerationConfig(tokens_per_step=6)) == 2
+    assert passes(tokens_per_step=None) == 12
+
+
+def test_nothing_given_is_changed(model, prompt):
+    given, stored = DSCGenerationConfig(tokens_per_step=3), model.generation_config.to_dict()
+    before = given.to_dict()
+    model.generate(prompt, given, max_new_tokens=4, do_sample=True)
+    assert given.to_dict() == before and model.generation_config.to_dict() == stored
+
+
+@pytest.mark.parametrize("name", ["block_length", "do_sample", "remask_threshold", "num_return_sequences"])
+def test_none_is_the_default(model, prompt, name):
+    model.generate(prompt, max_new_tokens=3, **{name: None})
+
+
+def test_remasking_score_none_may_be_python_none(model, prompt):
+    model.generation_config.remasking_score = "head"
+    out = model.generate(prompt, max_new_tokens=6, remasking_score=None, return_dict_in_generate=True)
+    assert out.tokens_remasked == 0 and out.error_probabilities is None
+
+
+def test_decoding_leaves_no_gradient_and_no_hook(model, prompt):
+    out = model.generate(prompt, **HEAD, return_dict_in_generate=True)
+    assert not out.error_probabilities.requires_grad
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_neither_tokenizer_nor_eos_is_needed():
+    model = DSCForMaskedDiffusion.from_backbone(make_llama(mask_token_id=None), mask_token_id=MASK)
+    assert model.generate(prompt_ids(), max_new_tokens=5).shape == (1, 10)

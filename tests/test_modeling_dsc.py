@@ -1,0 +1,754 @@
+"""The model: what forward returns, what has gradients, and checkpoints that come back bit by bit or not at all."""
+
+import copy
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import (
+    EOS,
+    MASK,
+    PAD,
+    TOKENS,
+    VOCAB,
+    left_pad,
+    make_bert,
+    make_llama,
+    make_model,
+    make_roberta,
+    mark_trained,
+    prompt_ids,
+)
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+import dsc_hf.modeling_dsc
+from dsc_hf import DSCConfig, DSCForMaskedDiffusion, DSCGenerationConfig
+
+
+def a_text(rows=2, length=8):
+    ids = prompt_ids(length, rows)
+    ids[:, 3] = MASK
+    return ids
+
+
+def assert_same_model(a, b, ids=None):
+    """All weights and all outputs are bit-equal."""
+    left, right = a.state_dict(), b.state_dict()
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+    ids = a_text() if ids is None else ids
+    with torch.no_grad():
+        x, y = a(ids), b(ids)
+    assert torch.equal(x.logits, y.logits) and torch.equal(x.error_logits, y.error_logits)
+
+
+@pytest.fixture
+def saved(backbone_folder, tmp_path):
+    """A head-only checkpoint `head` beside `backbone`, and the model it came from."""
+    model = mark_trained(DSCForMaskedDiffusion.from_backbone(str(backbone_folder), head_num_layers=1))
+    model.save_pretrained(tmp_path / "head")
+    return tmp_path / "head", model
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# forward
+
+
+def test_logits_are_the_backbones(model):
+    ids = a_text()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model.backbone(ids).logits)
+
+
+def test_shifted_logits_are_aligned():
+    plain, shifted = make_model(make_llama()), make_model(make_llama(logits_shift=1))
+    assert shifted.config.logits_shift == 1
+    a, b = plain(a_text()).logits, shifted(a_text()).logits
+    assert torch.equal(b[:, 1:], a[:, :-1]) and torch.equal(b[:, 0], a[:, 0])
+
+
+def test_shifted_models_decode_with_the_row_before():
+    """The first new token is what position `P - 1` predicts."""
+    model = make_model(make_llama(logits_shift=1))
+    prompt = prompt_ids()
+    with torch.no_grad():
+        logits = model.backbone(torch.cat([prompt, torch.tensor([[MASK]])], 1)).logits[0, 4]
+    logits[[MASK, 30, 31]] = -torch.inf
+    assert model.generate(prompt, max_new_tokens=1)[0, -1] == logits.argmax()
+
+
+@pytest.mark.parametrize(("layer", "index"), [(-2, 2), (0, 1), (1, 2), (-1, None)])
+def test_the_head_reads_the_tapped_block(layer, index):
+    model, ids, seen = make_model(tap_layer=layer), a_text(), []
+    model.correction_head.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    with torch.no_grad():
+        model(ids)
+        states = model.backbone(ids, output_hidden_states=True).hidden_states
+        norm = model.backbone.model.norm
+    if index is None:  # transformers gives the last one after the final norm
+        torch.testing.assert_close(norm(seen[0]), states[-1])
+    else:
+        assert torch.equal(seen[0], states[index])
+
+
+def test_only_trained_heads_answer(model):
+    ids = a_text()
+    assert model(ids).error_logits.shape == ids.shape
+    assert model(ids, output_error_logits=False).error_logits is None
+    model.config.head_trained = False
+    assert model(ids).error_logits is None
+    with pytest.raises(ValueError, match="untrained.*CorrectionHeadTrainer"):
+        model(ids, output_error_logits=True)
+
+
+def test_loss_is_equation_4_1(model):
+    """Mean over visible labelled positions of the binary cross-entropy of "this token is correct"."""
+    ids, labels = a_text(), a_text()
+    labels[0, 3], labels[1, 3] = 7, 8
+    labels[0, 5], labels[1, :2] = (ids[0, 5] - 4 + 1) % 26 + 4, -100
+    out = model(ids, labels=labels)
+    losses = []
+    for row in range(2):
+        for i in range(8):
+            if ids[row, i] != MASK and labels[row, i] != -100:
+                p_correct = 1 / (1 + math.exp(-out.error_logits[row, i].item()))
+                losses.append(-math.log(p_correct if ids[row, i] == labels[row, i] else 1 - p_correct))
+    assert len(losses) == 12
+    assert out.loss.item() == pytest.approx(sum(losses) / 12, rel=1e-4)
+
+
+def test_loss_without_counted_positions_is_zero(model):
+    assert model(a_text(), labels=torch.full((2, 8), -100)).loss == 0
+
+
+def test_untrained_heads_have_a_loss(model):
+    model.config.head_trained = False
+    assert model(a_text(), labels=a_text()).loss > 0
+
+
+def test_tuples(model):
+    out = model(a_text(), return_dict=False)
+    assert isinstance(out, tuple) and len(out) == 2
+
+
+# Gradients
+
+
+def test_only_the_head_learns(model):
+    model.train()
+    before = copy.deepcopy(model.backbone.state_dict())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    loss = model(a_text(), labels=prompt_ids(8, 2, seed=4)).loss
+    loss.backward()
+    assert all(p.grad is None for p in model.backbone.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.correction_head.parameters())
+    head = copy.deepcopy(model.correction_head.state_dict())
+    optimizer.step()
+    assert all(torch.equal(v, before[k]) for k, v in model.backbone.state_dict().items())
+    assert any(not torch.equal(v, head[k]) for k, v in model.correction_head.state_dict().items())
+
+
+def test_train_leaves_the_backbone_in_eval(model):
+    assert model.train() is model
+    assert model.correction_head.training and not any(m.training for m in model.backbone.modules())
+    model.eval()
+    assert not model.correction_head.training
+
+
+def test_dropout_of_the_backbone_stays_off():
+    model = make_model(make_bert(hidden_dropout_prob=0.5)).train()
+    assert torch.equal(model(a_text()).logits, model(a_text()).logits)
+
+
+# Attention and padding
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("make", [make_llama, make_bert])
+def test_late_tokens_change_early_outputs(make, padding, attention):
+    model = make_model(make(attn_implementation=attention))
+    ids, other = prompt_ids(8), prompt_ids(8)
+    other[0, -1] = ids[0, -1] - 1 if ids[0, -1] > 4 else 5
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0 if padding else 1
+    with torch.no_grad():
+        a, b = model(ids, mask if padding else None), model(other, mask if padding else None)
+    assert (a.logits - b.logits)[0, 1].abs().max() > 1e-4
+    assert (a.error_logits - b.error_logits)[0, 1].abs() > 1e-4
+
+
+def test_the_heads_own_attention_looks_ahead(model):
+    """Tapped states equal up to the last position: scores of earlier ones still change."""
+    states, reread = torch.randn(1, 6, 16), torch.randn(1, 6, 4)
+    changed = states.clone()
+    changed[0, 5] += 1
+    with torch.no_grad():
+        head = model.correction_head
+        for mask in (None, torch.tensor([[0, 1, 1, 1, 1, 1]])):
+            assert (head(states, reread, mask) - head(changed, reread, mask))[0, 1].abs() > 1e-4
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("make", [make_llama, make_bert])
+def test_left_padding_changes_nothing(make, attention):
+    model = make_model(make(attn_implementation=attention))
+    texts = [prompt_ids(8)[0], prompt_ids(5, seed=1)[0]]
+    ids, mask = left_pad(texts)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        out = model(ids, mask, positions)
+        for row, text in enumerate(texts):
+            alone = model(text[None])
+            torch.testing.assert_close(out.logits[row, 8 - len(text) :], alone.logits[0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                out.error_logits[row, 8 - len(text) :], alone.error_logits[0], atol=1e-4, rtol=1e-4
+            )
+
+
+@pytest.mark.parametrize("make", [make_llama, make_bert])
+def test_sdpa_and_eager_agree(make):
+    models = [make_model(make(attn_implementation=attention)) for attention in ("sdpa", "eager")]
+    assert [m.correction_head.layer_config._attn_implementation for m in models] == ["sdpa", "eager"]
+    ids, mask = left_pad([prompt_ids(8)[0], prompt_ids(5, seed=1)[0]])
+    for m in (None, mask):
+        with torch.no_grad():
+            a, b = (model(ids, m) for model in models)
+        valid = mask.bool()
+        torch.testing.assert_close(a.logits[valid], b.logits[valid], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(a.error_logits[valid], b.error_logits[valid], atol=1e-4, rtol=1e-4)
+
+
+def test_roberta_counts_positions_from_its_padding_index():
+    """With position ids from 0 it gives what it gives without any, up to its last position."""
+    model, ids = make_model(make_roberta()), prompt_ids(32)
+    with torch.no_grad():
+        own = model.backbone(ids).logits
+        assert torch.equal(model(ids, None, torch.arange(32)[None]).logits, own)
+        assert not torch.equal(model.backbone(ids, position_ids=torch.arange(32)[None]).logits, own)
+    assert model.generate(ids[:, :20], max_new_tokens=12).shape == (1, 32)
+    with pytest.raises(ValueError, match="exceed the backbone's 32 positions"):
+        model.generate(ids[:, :20], max_new_tokens=13)
+
+
+# from_backbone
+
+
+def test_from_a_folder(backbone_folder):
+    model = DSCForMaskedDiffusion.from_backbone(str(backbone_folder), head_num_layers=3, tap_layer=0)
+    config = model.config
+    assert (config.base_model_name_or_path, config.mask_token_id, config.token_count) == (
+        str(backbone_folder),
+        MASK,
+        TOKENS,
+    )
+    assert (config.vocab_size, config.backbone_hidden_size, config.backbone_num_layers) == (VOCAB, 16, 3)
+    assert (config.eos_token_id, config.pad_token_id, config.tap_layer) == (EOS, PAD, 0)
+    assert model.generation_config.eos_token_id == EOS and len(model.correction_head.layers) == 3
+    assert type(model.generation_config) is DSCGenerationConfig and not config.head_trained
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+    assert all(p.requires_grad for p in model.correction_head.parameters())
+
+
+def test_paths_may_be_path_objects(backbone_folder):
+    assert DSCForMaskedDiffusion.from_backbone(backbone_folder).config.mask_token_id == MASK
+
+
+def test_backbone_arguments_reach_the_backbone(backbone_folder):
+    model = DSCForMaskedDiffusion.from_backbone(
+        backbone_folder, dtype=torch.bfloat16, attn_implementation="eager", head_hidden_size=8
+    )
+    assert model.backbone.dtype == torch.bfloat16 and model.backbone.config._attn_implementation == "eager"
+    assert model.correction_head.score.weight.dtype == torch.float32
+    assert model.correction_head.layer_config._attn_implementation == "eager"
+    assert model(a_text()).logits.dtype == torch.bfloat16
+    assert mark_trained(model).generate(prompt_ids(), max_new_tokens=4, remasking_score="head").shape == (1, 9)
+
+
+def test_the_backbones_attention_is_left_alone():
+    backbone = make_llama(attn_implementation="eager")
+    make_model(backbone)
+    assert backbone.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tap_layer": 3}, "`tap_layer=3` is outside the backbone, which has 3 blocks"),
+        ({"tap_layer": -4}, "`tap_layer=-4` is outside"),
+        ({"head_hidden_size": 10, "head_num_attention_heads": 4}, "`head_hidden_size=10` must be a multiple"),
+        ({"head_width": 8}, "`head_width` is no argument of the correction head"),
+        ({"head_trained": True}, "`head_trained` is no argument"),
+        ({"mask_token_id": 32}, "`mask_token_id=32` is outside the backbone's 32 embeddings"),
+        ({"mask_token_id": -1}, "`mask_token_id=-1` is outside"),
+        ({"dtype": torch.bfloat16}, "`dtype` can't be applied to a backbone that is already loaded"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DSCForMaskedDiffusion.from_backbone(make_llama(), **arguments)
+
+
+def test_causal_backbones_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="attends to the left only"):
+        DSCForMaskedDiffusion.from_backbone(make_llama(is_causal=True))
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="attends to the left only"):
+        DSCForMaskedDiffusion.from_backbone(tmp_path, mask_token_id=MASK)
+
+
+def test_missing_backbones_are_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.*could not be read"):
+        DSCForMaskedDiffusion.from_backbone(tmp_path / "nowhere")
+
+
+def test_unknown_masks_are_an_error():
+    with pytest.raises(ValueError, match="pass `mask_token_id=`"):
+        DSCForMaskedDiffusion.from_backbone(make_llama(mask_token_id=None))
+
+
+def test_other_backbones_do_not_fit(model):
+    with pytest.raises(ValueError, match="`backbone_num_layers=3`, this one has 2"):
+        model.attach_backbone(make_llama(num_hidden_layers=2))
+    with pytest.raises(ValueError, match="`backbone_hidden_size=16`, this one has 32"):
+        model.attach_backbone(make_llama(hidden_size=32))
+    with pytest.raises(ValueError, match="`vocab_size=32`, this one has 40"):
+        model.attach_backbone(make_llama(vocab_size=40))
+
+
+def test_a_head_without_backbone_says_so(model):
+    bare = DSCForMaskedDiffusion(copy.deepcopy(model.config))
+    with pytest.raises(ValueError, match="head but no backbone.*attach_backbone"):
+        bare(a_text())
+    with pytest.raises(ValueError, match="head but no backbone"):
+        bare.generate(prompt_ids(), max_new_tokens=2)
+
+
+# Head-only checkpoints
+
+
+def test_head_only_round_trip(saved):
+    folder, model = saved
+    again = DSCForMaskedDiffusion.from_pretrained(folder)
+    assert_same_model(model, again)
+    assert again.config.head_trained and not again.training
+    assert not any(p.requires_grad for p in again.backbone.parameters())
+    assert all(p.requires_grad for p in again.correction_head.parameters())
+
+
+def test_head_only_checkpoints_hold_the_head_only(saved):
+    folder, model = saved
+    assert {p.name for p in folder.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    weights = load_file(folder / "model.safetensors")
+    assert weights.keys() == {k for k in model.state_dict() if k.startswith("correction_head.")}
+    assert json.loads((folder / "config.json").read_text())["base_config"] is None
+
+
+def test_a_second_generation_is_bit_equal(saved, tmp_path):
+    folder, model = saved
+    DSCForMaskedDiffusion.from_pretrained(folder).save_pretrained(tmp_path / "second")
+    assert (tmp_path / "second/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM])
+@pytest.mark.parametrize("merged", [False, True])
+def test_auto_classes(saved, tmp_path, auto, merged):
+    folder, model = saved
+    if merged:
+        folder = tmp_path / "merged"
+        model.save_pretrained(folder, merge_backbone=True)
+    again = auto.from_pretrained(folder)
+    assert type(again) is DSCForMaskedDiffusion
+    assert_same_model(model, again)
+    assert type(AutoConfig.from_pretrained(folder)) is DSCConfig
+
+
+def test_auto_classes_pass_arguments_on(saved):
+    folder, _ = saved
+    model = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+    assert model.backbone.dtype == torch.bfloat16 and model.backbone.config._attn_implementation == "eager"
+    assert model.correction_head.score.weight.dtype == torch.float32
+    assert model.correction_head.layer_config._attn_implementation == "eager"
+
+
+def test_a_config_may_be_given(saved):
+    folder, model = saved
+    config = DSCConfig.from_pretrained(folder)
+    assert_same_model(model, DSCForMaskedDiffusion.from_pretrained(folder, config=config))
+
+
+def test_relative_backbones_move_with_their_folder(saved, tmp_path):
+    folder, model = saved
+    edit_config(folder, base_model_name_or_path="../backbone")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "backbone", tmp_path / "elsewhere/backbone")
+    shutil.move(folder, tmp_path / "elsewhere/head")
+    again = DSCForMaskedDiffusion.from_pretrained(tmp_path / "elsewhere/head")
+    assert_same_model(model, again)
+    again.save_pretrained(tmp_path / "elsewhere/copy")
+    assert_same_model(model, DSCForMaskedDiffusion.from_pretrained(tmp_path / "elsewhere/copy"))
+
+
+def test_relative_backbones_do_not_depend_on_the_working_directory(saved, tmp_path, monkeypatch):
+    folder, model = saved
+    edit_config(folder, base_model_name_or_path="../backbone")
+    monkeypatch.chdir(tmp_path)
+    assert_same_model(model, DSCForMaskedDiffusion.from_pretrained("head"))
+    monkeypatch.chdir(folder)
+    assert_same_model(model, DSCForMaskedDiffusion.from_pretrained("."))
+
+
+def test_a_loaded_backbone_may_be_given(saved, tmp_path):
+    folder, model = saved
+    shutil.rmtree(tmp_path / "backbone")
+    backbone = make_llama()
+    again = DSCForMaskedDiffusion.from_pretrained(folder, backbone=backbone)
+    assert again.backbone is backbone
+    assert_same_model(model, again)
+
+
+def test_backbones_made_in_memory_are_given_back(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "head")
+    with pytest.raises(ValueError, match="names no backbone; pass `backbone=`"):
+        DSCForMaskedDiffusion.from_pretrained(tmp_path / "head")
+    assert_same_model(model, DSCForMaskedDiffusion.from_pretrained(tmp_path / "head", backbone=make_llama()))
+
+
+def test_head_dtype(saved):
+    folder, _ = saved
+    head = DSCForMaskedDiffusion.from_pretrained(folder, head_dtype=torch.bfloat16).correction_head
+    assert {p.dtype for p in head.parameters()} == {torch.bfloat16}
+
+
+def test_loading_info(saved):
+    model, info = DSCForMaskedDiffusion.from_pretrained(saved[0], output_loading_info=True)
+    assert isinstance(model, DSCForMaskedDiffusion) and not info["missing_keys"] and not info["unexpected_keys"]
+
+
+# Merged checkpoints
+
+
+@pytest.mark.parametrize("make", [make_llama, make_bert])
+def test_merged_round_trip(tmp_path, make):
+    """Also with BERT, whose decoder is tied to its embeddings."""
+    model = make_model(make())
+    model.save_pretrained(tmp_path / "merged", merge_backbone=True)
+    again = DSCForMaskedDiffusion.from_pretrained(tmp_path / "merged")
+    assert_same_model(model, again)
+    assert not any(p.requires_grad for p in again.backbone.parameters()) and not again.backbone.training
+    assert model.config.base_config is None  # the model in memory is what it was
+    again.save_pretrained(tmp_path / "second")
+    assert_same_model(model, DSCForMaskedDiffusion.from_pretrained(tmp_path / "second"))
+
+
+def test_merged_checkpoints_can_be_split_again(saved, tmp_path):
+    _, model = saved
+    model.save_pretrained(tmp_path / "merged", merge_backbone=True)
+    DSCForMaskedDiffusion.from_pretrained(tmp_path / "merged").save_pretrained(tmp_path / "new", merge_backbone=False)
+    assert not any(k.startswith("backbone.") for k in load_file(tmp_path / "new/model.safetensors"))
+    assert_same_model(model, DSCForMaskedDiffusion.from_pretrained(tmp_path / "new"))
+
+
+def test_merged_checkpoints_need_no_other_folder(saved, tmp_path):
+    _, model = saved
+    model.save_pretrained(tmp_path / "merged", merge_backbone=True)
+    shutil.rmtree(tmp_path / "backbone")
+    assert_same_model(model, DSCForMaskedDiffusion.from_pretrained(tmp_path / "merged"))
+
+
+def test_merged_attention_and_dtype(saved, tmp_path):
+    _, model = saved
+    model.save_pretrained(tmp_path / "merged", merge_backbone=True)
+    for attention in ("eager", "sdpa"):
+        again = DSCForMaskedDiffusion.from_pretrained(
+            tmp_path / "merged", attn_implementation=attention, dtype=torch.bfloat16
+        )
+        assert again.backbone.config._attn_implementation == attention
+        assert again.correction_head.layer_config._attn_implementation == attention
+        assert again.backbone.dtype == torch.bfloat16
+        assert again.correction_head.score.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_precisions_are_kept(backbone_folder, tmp_path, merged):
+    """A bf16 backbone stays one, its head stays fp32, and all weights are bit-equal."""
+    make_llama().bfloat16().save_pretrained(backbone_folder)
+    model = mark_trained(DSCForMaskedDiffusion.from_backbone(backbone_folder, head_num_layers=1))
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path / "out", merge_backbone=merged)
+    again = DSCForMaskedDiffusion.from_pretrained(tmp_path / "out")
+    assert {p.dtype for p in again.backbone.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in again.correction_head.parameters()} == {torch.float32}
+    assert_same_model(model, again)
+
+
+def test_shards_of_an_older_checkpoint_go(saved, tmp_path):
+    _, model = saved
+    folder = tmp_path / "out"
+    model.save_pretrained(folder, merge_backbone=True, max_shard_size=4000)
+    assert (folder / "model.safetensors.index.json").exists()
+    assert_same_model(model, DSCForMaskedDiffusion.from_pretrained(folder))
+    model.save_pretrained(folder)
+    assert [p.name for p in folder.glob("model*")] == ["model.safetensors"]
+    assert_same_model(model, DSCForMaskedDiffusion.from_pretrained(folder))
+    model.save_pretrained(folder, merge_backbone=True, max_shard_size=4000)
+    assert not (folder / "model.safetensors").exists()
+    assert_same_model(model, DSCForMaskedDiffusion.from_pretrained(folder))
+
+
+# generation_config.json
+
+
+def test_generation_settings_are_kept(saved, tmp_path):
+    _, model = saved
+    settings = {"remasking_score": "head", "remask_threshold": 0.3, "tokens_per_step": 2, "block_length": 8}
+    model.generation_config.update(**settings)
+    model.save_pretrained(tmp_path / "out")
+    written = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert written["do_sample"] is False and "_from_model_config" not in written
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(again.generation_config) is DSCGenerationConfig
+    assert {k: getattr(again.generation_config, k) for k in settings} == settings
+    assert again.generation_config.eos_token_id == EOS
+    prompt = prompt_ids()
+    expected = model.generate(prompt, max_new_tokens=16)
+    assert torch.equal(again.generate(prompt, max_new_tokens=16), expected)
+    assert torch.equal(model.generate(prompt, max_new_tokens=16, **settings), expected)
+    assert model.generation_config.do_sample is None
+
+
+def test_an_explicit_do_sample_is_kept(saved, tmp_path):
+    _, model = saved
+    model.generation_config.do_sample = True
+    model.save_pretrained(tmp_path / "out")
+    assert DSCForMaskedDiffusion.from_pretrained(tmp_path / "out").generation_config.do_sample is True
+
+
+@pytest.mark.parametrize("content", ['{"do_sample": fal', '{"block_length": 0}', '{"blok_length": 4}'])
+def test_bad_generation_settings_are_an_error(saved, content):
+    folder, _ = saved
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match="generation_config.json is corrupt|`block_length=0`|`blok_length=4`"):
+        DSCForMaskedDiffusion.from_pretrained(folder)
+
+
+def test_without_generation_settings_the_special_tokens_stay(saved):
+    folder, _ = saved
+    (folder / "generation_config.json").unlink()
+    config = DSCForMaskedDiffusion.from_pretrained(folder).generation_config
+    assert type(config) is DSCGenerationConfig and (config.eos_token_id, config.pad_token_id) == (EOS, PAD)
+
+
+def test_generation_settings_may_be_given(saved):
+    given = DSCGenerationConfig(block_length=5)
+    model = DSCForMaskedDiffusion.from_pretrained(saved[0], generation_config=given)
+    assert model.generation_config.block_length == 5 and type(model.generation_config) is DSCGenerationConfig
+
+
+# Saving
+
+
+@pytest.mark.parametrize("moment", ["weights", "config", "first rename"])
+def test_a_failed_save_leaves_the_old_files(saved, monkeypatch, moment):
+    folder, model = saved
+    old = {p.name: p.read_bytes() for p in folder.iterdir()}
+    other = mark_trained(copy.deepcopy(model), seed=9)
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    if moment == "weights":
+        monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
+    elif moment == "config":
+        monkeypatch.setattr(DSCGenerationConfig, "save_pretrained", fail)
+    else:
+        monkeypatch.setattr(dsc_hf.modeling_dsc.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        other.save_pretrained(folder)
+    monkeypatch.undo()
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == old
+    assert {p.name for p in folder.parent.iterdir()} == {"backbone", "head"}  # nothing is left beside it
+    assert other.config.base_config is None and other.generation_config.do_sample is None
+    other.save_pretrained(folder)
+    assert_same_model(other, DSCForMaskedDiffusion.from_pretrained(folder))
+
+
+def test_a_failed_first_save_leaves_nothing(model, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path / "new", merge_backbone=True)
+    assert list(tmp_path.iterdir()) == [] and model.config.base_config is None
+
+
+def test_saving_keeps_other_files(saved):
+    folder, model = saved
+    (folder / "README.md").write_text("card")
+    model.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "card"
+
+
+def test_saving_to_a_file_is_an_error(model, tmp_path):
+    (tmp_path / "x").write_text("")
+    with pytest.raises(ValueError, match="`save_directory=.*is a file; name a folder"):
+        model.save_pretrained(tmp_path / "x")
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_push_to_hub_saves_the_right_kind(saved, tmp_path, monkeypatch, merge):
+    _, model = saved
+    calls = []
+
+    def upload(self, repo_id, **kwargs):
+        self.save_pretrained(tmp_path / "pushed", max_shard_size="50GB")
+        calls.append((repo_id, kwargs))
+        return "url"
+
+    monkeypatch.setattr(PreTrainedModel, "push_to_hub", upload)
+    assert model.push_to_hub("me/it", merge_backbone=merge, private=True) == "url"
+    model.save_pretrained(tmp_path / "it", push_to_hub=True, merge_backbone=merge, repo_id="me/it", private=True)
+    assert calls == [("me/it", {"private": True})] * 2
+    keys = load_file(tmp_path / "pushed/model.safetensors")
+    assert any(k.startswith("backbone.") for k in keys) == merge
+    model.save_pretrained(tmp_path / "name", push_to_hub=True)
+    assert calls[2] == ("name", {}) and "save_pretrained" not in vars(model)
+
+
+# Bad checkpoints
+
+
+def test_a_missing_checkpoint_is_an_error(tmp_path):
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        DSCForMaskedDiffusion.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("reference", ["absolute", "../backbone"])
+def test_a_missing_backbone_is_named(saved, tmp_path, reference):
+    folder, _ = saved
+    if reference != "absolute":
+        edit_config(folder, base_model_name_or_path=reference)
+    shutil.rmtree(tmp_path / "backbone")
+    with pytest.raises(ValueError, match=f"The backbone '{tmp_path}/backbone' could not be read"):
+        DSCForMaskedDiffusion.from_pretrained(folder)
+
+
+def test_another_backbone_is_refused(saved):
+    folder, _ = saved
+    with pytest.raises(ValueError, match="`backbone_num_layers=3`, this one has 4"):
+        DSCForMaskedDiffusion.from_pretrained(folder, backbone=make_llama(num_hidden_layers=4))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("keep", [4, 60, 0.5, -8])
+def test_truncated_weights_are_an_error(saved, keep, merged):
+    folder, model = saved
+    model.save_pretrained(folder, merge_backbone=merged)
+    content = (folder / "model.safetensors").read_bytes()
+    keep = int(len(content) * keep) if isinstance(keep, float) else keep
+    (folder / "model.safetensors").write_bytes(content[:keep])
+    with pytest.raises(ValueError, match="weights of .*head' are corrupt.*fetch them again"):
+        DSCForMaskedDiffusion.from_pretrained(folder)
+
+
+def test_a_corrupt_backbone_of_a_head_is_an_error(saved, tmp_path):
+    (tmp_path / "backbone/model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="weights of the backbone .* are corrupt"):
+        DSCForMaskedDiffusion.from_pretrained(saved[0])
+
+
+@pytest.mark.parametrize("name", ["correction_head.score.weight", "correction_head.reread_skip.weight"])
+def test_missing_tensors_are_an_error(saved, name):
+    folder, _ = saved
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"missing \['{name}'\]"):
+        DSCForMaskedDiffusion.from_pretrained(folder)
+
+
+def test_missing_backbone_tensors_of_merged_checkpoints_are_an_error(saved):
+    folder, model = saved
+    model.save_pretrained(folder, merge_backbone=True)
+    weights = load_file(folder / "model.safetensors")
+    del weights["backbone.model.layers.0.self_attn.q_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing \['backbone.model.layers.0.self_attn.q_proj.weight'\]"):
+        DSCForMaskedDiffusion.from_pretrained(folder)
+
+
+def test_wrong_shapes_are_an_error(saved):
+    folder, _ = saved
+    weights = load_file(folder / "model.safetensors")
+    weights["correction_head.norm.weight"] = torch.ones(3)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="does not fit its config.json"):
+        DSCForMaskedDiffusion.from_pretrained(folder)
+
+
+def test_pickles_are_never_loaded(saved):
+    folder, _ = saved
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises((ValueError, OSError), match="safetensors"):
+        DSCForMaskedDiffusion.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["backbone_hidden_size", "mask_token_id"])
+def test_incomplete_configs_are_an_error(saved, name):
+    folder, _ = saved
+    edit_config(folder, **{name: None})
+    with pytest.raises(ValueError, match="lacks `backbone_hidden_size` or `mask_token_id`"):
+        DSCForMaskedDiffusion.from_pretrained(folder)
+
+
+def test_a_merged_causal_backbone_is_refused(saved):
+    folder, model = saved
+    model.save_pretrained(folder, merge_backbone=True)
+    base = json.loads((folder / "config.json").read_text())["base_config"]
+    edit_config(folder, base_config={**base, "is_causal": True})
+    with pytest.raises(ValueError, match="attends to the left only"):
+        DSCForMaskedDiffusion.from_pretrained(folder)
+
+
+# Odds and ends
+
+
+def test_embeddings_and_limits(model):
+    assert model.get_input_embeddings() is model.backbone.get_input_embeddings()
+    assert model.get_output_embeddings() is model.backbone.lm_head
+    assert model.max_sequence_length == 64
+
+
+def test_wrapped_bert_is_a_bert(tmp_path):
+    make_bert().save_pretrained(tmp_path)
+    model = DSCForMaskedDiffusion.from_backbone(tmp_path, mask_token_id=MASK)
+    assert type(model.backbone) is BertForMaskedLM
+
+
+def test_copies_are_independent(model):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.correction_head.score.bias += 1
+    assert (other(a_text()).error_logits - model(a_text()).error_logits).abs().min() > 0.9
