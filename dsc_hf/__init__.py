@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from .configuration_dsc import DSCConfig
 from .correction_head import CorrectionHead
 from .generation_config_dsc import DSCGenerationConfig
-from .generation_dsc import DSCGenerationOutput
+from .generation_run import DSCGenerationOutput
 from .modeling_dsc import DSCForMaskedDiffusion, DSCOutput
 
 __version__ = "0.1.0"

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-import posixpath
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,9 +24,9 @@ from .backbones import (
     mask_token_id_of,
     max_positions,
     position_offset,
-    refuse_incomplete,
     transformer_blocks,
 )
+from .checkpoints_dsc import LOCATION_ARGUMENTS, DSCCheckpointMixin
 from .configuration_dsc import DSCConfig
 from .correction_head import CorrectionHead, reread_inputs
 from .generation_config_dsc import DSCGenerationConfig
@@ -42,8 +35,6 @@ from .generation_dsc import DSCGenerationMixin
 logger = logging.get_logger(__name__)
 
 HEAD_ARGUMENTS = ("tap_layer", "rms_norm_eps", "rope_theta", "initializer_range")
-LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
-PUSH_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 
 
 @dataclass
@@ -77,7 +68,7 @@ def correction_loss(error_logits: torch.Tensor, targets: torch.Tensor, counted: 
     return (losses * counted).sum()
 
 
-class DSCForMaskedDiffusion(DSCGenerationMixin, PreTrainedModel):
+class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedModel):
     """A masked diffusion LM that can take mistakes back (Decoupled Self-Correction, arXiv 2601.06428).
 
     The backbone is frozen and always in eval mode; only the correction head has gradients. Make one with
@@ -317,173 +308,6 @@ class DSCForMaskedDiffusion(DSCGenerationMixin, PreTrainedModel):
                 "The correction head is untrained, its scores would be noise: train it with CorrectionHeadTrainer, or "
                 "use `remasking_score='visible'`, which needs no training."
             )
-
-    # Saving and loading
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        *model_args: Any,
-        config: DSCConfig | None = None,
-        backbone: PreTrainedModel | None = None,
-        head_dtype: torch.dtype | None = None,
-        output_loading_info: bool = False,
-        **kwargs: Any,
-    ):
-        """Load a head with its backbone, from a head-only or a merged checkpoint.
-
-        Args:
-            pretrained_model_name_or_path (`str`): folder or Hub id.
-            config ([`DSCConfig`], *optional*): instead of the stored one.
-            backbone (`PreTrainedModel`, *optional*): use this loaded backbone instead of the one that is named.
-            head_dtype (`torch.dtype`, *optional*): precision of the head; fp32 by default.
-            kwargs: as of [`~transformers.PreTrainedModel.from_pretrained`]: `dtype`, `device_map`,
-                `quantization_config` and `attn_implementation` are for the backbone, `revision` is the head's (the
-                backbone's own is in the config).
-
-        Raises:
-            `ValueError`: the checkpoint is incomplete or corrupt, or the backbone is missing or another one.
-        """
-        name = os.fspath(pretrained_model_name_or_path)
-        where = {k: kwargs[k] for k in LOCATION_ARGUMENTS if k in kwargs}
-        if not isinstance(config, DSCConfig):
-            sources = {k: kwargs[k] for k in ("revision", "subfolder") if k in kwargs}
-            config = DSCConfig.from_pretrained(config or name, **where, **sources)
-        if config.backbone_hidden_size is None or config.mask_token_id is None:
-            raise ValueError(f"The config of {name!r} lacks `backbone_hidden_size` or `mask_token_id`; save it again.")
-        head_kwargs = dict(kwargs)
-        if config.base_config is None:
-            backbone_kwargs = {
-                k: head_kwargs.pop(k)
-                for k in (
-                    "dtype",
-                    "torch_dtype",
-                    "device_map",
-                    "quantization_config",
-                    "attn_implementation",
-                    "max_memory",
-                )
-                if k in kwargs
-            }
-            if "attn_implementation" not in backbone_kwargs and config._attn_implementation is not None:
-                backbone_kwargs["attn_implementation"] = config._attn_implementation
-            if backbone is None:
-                backbone = cls._load_named_backbone(name, config, {**where, **backbone_kwargs})
-            config._attn_implementation = backbone.config._attn_implementation
-        head_kwargs.update(config=config, use_safetensors=True, output_loading_info=True)
-        try:
-            model, info = super().from_pretrained(name, *model_args, **head_kwargs)
-        except RuntimeError as error:
-            raise ValueError(f"The checkpoint {name!r} does not fit its config.json: {error}") from error
-        except Exception as error:
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise ValueError(f"The weights of {name!r} are corrupt ({error}); fetch them again.") from error
-        refuse_incomplete(name, info)
-        if config.base_config is None:
-            model.attach_backbone(backbone)
-        freeze(model._attached_backbone())
-        if head_dtype is not None:
-            model.correction_head.to(head_dtype)
-        return (model, info) if output_loading_info else model
-
-    @classmethod
-    def _load_named_backbone(cls, name: str, config: DSCConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
-        base = config.base_model_name_or_path
-        if base is None:
-            raise ValueError(
-                f"The head-only checkpoint {name!r} names no backbone; pass `backbone=` a loaded model, or set "
-                "`base_model_name_or_path` in its config.json."
-            )
-        if base.startswith("../"):
-            base = (
-                os.path.normpath(os.path.join(name, base))
-                if os.path.isdir(name)
-                else posixpath.normpath(posixpath.join(name, base))
-            )
-        if config.base_model_revision is not None:
-            kwargs["revision"] = config.base_model_revision
-        return load_backbone(base, **kwargs)
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, merge_backbone: bool | None = None, **kwargs: Any
-    ) -> None:
-        """Save the head, or head and backbone; files are written aside and renamed when all are whole.
-
-        Args:
-            save_directory (`str`): the folder.
-            merge_backbone (`bool`, *optional*): save the backbone's weights too. By default only if they came from a
-                merged checkpoint.
-            kwargs: as of [`~transformers.PreTrainedModel.save_pretrained`]; with `push_to_hub=True` also those of
-                [`push_to_hub`].
-        """
-        target = Path(save_directory)
-        if target.is_file():
-            raise ValueError(f"`save_directory={str(target)!r}` is a file; name a folder.")
-        merge = self.config.base_config is not None if merge_backbone is None else merge_backbone
-        push = kwargs.pop("push_to_hub", False)
-        push_kwargs = {k: kwargs.pop(k) for k in PUSH_ARGUMENTS if k in kwargs}
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            with self._config_for_saving(merge):
-                super().save_pretrained(aside, **kwargs)
-            target.mkdir(exist_ok=True)
-            written = sorted(aside.iterdir(), key=lambda path: path.suffix == ".json")  # weights before configs
-            for path in written:
-                os.replace(path, target / path.name)
-            names = {path.name for path in written}
-            for old in target.glob("model*.safetensors*"):  # shards of an older, larger checkpoint
-                if old.name not in names and names & {"model.safetensors", "model.safetensors.index.json"}:
-                    old.unlink()
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-        if push:
-            if "token" in kwargs:
-                push_kwargs["token"] = kwargs["token"]
-            self.push_to_hub(push_kwargs.pop("repo_id", target.name), merge_backbone=merge, **push_kwargs)
-
-    def push_to_hub(self, repo_id: str, *, merge_backbone: bool | None = None, **kwargs: Any) -> str:
-        """Save to the Hub.
-
-        Args:
-            repo_id (`str`): the repository.
-            merge_backbone (`bool`, *optional*): as of [`save_pretrained`].
-            kwargs: as of [`~transformers.PreTrainedModel.push_to_hub`].
-        """
-        self.save_pretrained = partial(self.save_pretrained, merge_backbone=merge_backbone)
-        try:
-            return super().push_to_hub(repo_id, **kwargs)
-        finally:
-            del self.save_pretrained
-
-    @contextmanager
-    def _config_for_saving(self, merge: bool) -> Iterator[None]:
-        """Make config, ignored keys and generation defaults those of the kind of checkpoint that is written."""
-        config, ignored = self.config, self._keys_to_ignore_on_save
-        kept = config.base_config, self.generation_config
-        if merge:
-            backbone = self._attached_backbone()
-            config.base_config = {**backbone.config.to_dict(), "architectures": [type(backbone).__name__]}
-            self._keys_to_ignore_on_save = set()
-        else:
-            config.base_config = None
-            if self.backbone is not None:
-                self._keys_to_ignore_on_save = {f"backbone.{name}" for name in self.backbone.state_dict()}
-            if config.base_model_name_or_path is None:
-                logger.warning_once(
-                    "The saved head names no backbone: load it with `from_pretrained(..., backbone=model)`, or save "
-                    "with `merge_backbone=True`."
-                )
-        if self.generation_config.do_sample is None:  # else `pipeline` samples at temperature 0.7
-            self.generation_config = copy.deepcopy(self.generation_config)
-            self.generation_config.do_sample = False
-        try:
-            yield
-        finally:
-            config.base_config, self.generation_config = kept
-            self._keys_to_ignore_on_save = ignored
 
     @property
     def max_sequence_length(self) -> int | None:

@@ -2,9 +2,9 @@
 
     make demo                      (or: python examples/demo.py)
 
-Solves held-back word problems with the small diffusion LM in `model_cards/`, at 1 to 5 tokens a step, plainly, with the
-training-free `visible` score and with the correction head; prints a table and three problems that remasking changed, and
-writes `build/demo.json` and `build/demo.png`.
+Solves held-back word problems with the small diffusion LM in `model_cards/`, at 1 to 5 tokens a step, plainly, with
+the training-free `visible` score and with the correction head; prints a table and three problems that remasking
+changed, and writes `build/demo.json` and `build/demo.png`.
 """
 
 from __future__ import annotations
@@ -150,9 +150,7 @@ def main() -> None:
     show_changes(model, tokenizer, problems, solved, chosen)
     write_aside(args.output_dir / "demo.json", json.dumps({"rows": rows}, indent=1) + "\n")
     plot(rows, args.output_dir / "demo.png")
-    print(
-        f"\nWrote {args.output_dir / 'demo.json'} and {args.output_dir / 'demo.png'}; took {time.time() - began:.0f} s."
-    )
+    print(f"\nWrote {args.output_dir}/demo.json and demo.png; took {time.time() - began:.0f} s.")
     print('Try your own: python examples/generate.py --prompt "Amy has 56 shells. gives 3. finds 5. how many?"')
 
 

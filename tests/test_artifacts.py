@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from conftest import MASK
 
 from dsc_hf.training import FutureContextAugmentation
-
-from conftest import MASK
 
 WRONG = 9
 BATCH, PROMPT, RESPONSE = 4000, 4, 20

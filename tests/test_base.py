@@ -82,8 +82,15 @@ def test_a_save_that_dies_leaves_no_checkpoint_behind(tmp_path):
 
 def test_checkpoints_are_rotated_and_the_best_one_is_kept_by_its_own_path(tmp_path):
     trainer = make_trainer(
-        "head", tmp_path, max_steps=8, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
-        save_total_limit=2, load_best_model_at_end=True,
+        "head",
+        tmp_path,
+        max_steps=8,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_total_limit=2,
+        load_best_model_at_end=True,
     )
     trainer.train()
     left = {p.name for p in Path(tmp_path).glob("checkpoint-*")}
@@ -139,7 +146,11 @@ def test_two_processes_train_one_model(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent)}
     run = subprocess.run(
-        [*launch, str(script), str(tmp_path / "out"), "2"], capture_output=True, text=True, env=environment, timeout=240
+        [*launch, str(script), str(tmp_path / "out"), "2"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     line = next(line for line in run.stdout.splitlines() if line.startswith("LOSSES"))

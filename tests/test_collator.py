@@ -4,10 +4,9 @@ import copy
 
 import pytest
 import torch
+from conftest import EOS, MASK, PAD
 
 from dsc_hf.training import PromptResponseCollator
-
-from conftest import EOS, MASK, PAD
 
 ROW = {"prompt_ids": [4, 5, 6], "response_ids": [7, 8]}
 LONG = {"prompt_ids": [4], "response_ids": [7, 8, 9, 10]}

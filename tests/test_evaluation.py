@@ -28,9 +28,7 @@ def test_states_are_those_that_the_decode_went_through(model):
     prompts = [row.tolist() for row in prompt_ids(5, 3)]
     states = collect_states(model, prompts, SETTINGS, states_per_prompt=2, batch_size=2, progress=False)
     assert states["prompt_index"] == [0, 0, 1, 1, 2, 2]
-    output = model.generate(
-        torch.tensor(prompts), output_history=True, return_dict_in_generate=True, **SETTINGS[0]
-    )
+    output = model.generate(torch.tensor(prompts), output_history=True, return_dict_in_generate=True, **SETTINGS[0])
     visited = [step.sequences[:, 5:].tolist() for step in output.history][:-1]
     for index, state in zip(states["prompt_index"], states["state_ids"], strict=True):
         assert state in [step[index] for step in visited] and MASK in state

@@ -59,7 +59,8 @@ def test_backbone_training_resumes(start, backbone):
 
 
 @pytest.mark.parametrize(
-    "targets", [["--targets", "labels"], ["--targets", "leave_one_out", "--state_prompts", 8, "--states_per_prompt", 2]]
+    "targets",
+    [["--targets", "labels"], ["--targets", "leave_one_out", "--state_prompts", 8, "--states_per_prompt", 2]],
 )
 def test_head_training_evaluates_and_loads_by_auto_class(start, backbone, targets, tmp_path):
     arguments = ["--backbone", backbone, "--dataset", start / "train.jsonl", "--output_dir", tmp_path / "head"]
@@ -70,7 +71,8 @@ def test_head_training_evaluates_and_loads_by_auto_class(start, backbone, target
     assert "eval_auroc" in check(run("examples/train_head.py", *arguments))
     code = (
         "import sys, torch, dsc_hf; from transformers import AutoModel;"
-        "m = AutoModel.from_pretrained(sys.argv[1]); print(m.generation_config.remasking_score, m.config.head_trained);"
+        "m = AutoModel.from_pretrained(sys.argv[1]);"
+        "print(m.generation_config.remasking_score, m.config.head_trained);"
         "print(m.generate(torch.tensor([[5, 6]])).shape)"
     )
     assert "head True" in check(run("-c", code, tmp_path / "head"))
@@ -95,7 +97,9 @@ def test_demo_writes_table_json_and_plot(tmp_path):
 
 
 def test_generate_streams_and_reports():
-    out = check(run("examples/generate.py", "--prompt", "Amy has 56 shells. gives 3. finds 5. how many?", "--sleep", 0))
+    out = check(
+        run("examples/generate.py", "--prompt", "Amy has 56 shells. gives 3. finds 5. how many?", "--sleep", 0)
+    )
     assert "####" in out and "forward passes" in out and "·" in out
 
 

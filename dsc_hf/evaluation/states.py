@@ -43,7 +43,8 @@ def collect_states(
         progress (`bool`): show a progress bar.
 
     Returns:
-        `datasets.Dataset`: `prompt_index`, `prompt_ids`, `state_ids` (the response at that step, mask tokens included).
+        `datasets.Dataset`: `prompt_index`, `prompt_ids`, `state_ids` (the response at that step, mask tokens
+        included).
 
     Raises:
         `ValueError`: no prompts or no settings.

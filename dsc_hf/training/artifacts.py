@@ -33,18 +33,20 @@ class FutureContextAugmentation:
     """Look-back artifacts (arXiv 2601.06428, section 4.2, "Future-Context Augmentation").
 
     For each row: mask at time `t`; mask visible tokens again up to `t + t'`; let the model predict what it would have
-    written then, with less context; write `k` of these predictions into `x_t`. The head sees tokens that were written in
-    the past of the context they now stand in, as at decoding.
+    written then, with less context; write `k` of these predictions into `x_t`. The head sees tokens that were written
+    in the past of the context they now stand in, as at decoding.
 
     Args:
         mask_token_id (`int`): the mask token.
-        min_artifacts (`int`), max_artifacts (`int`): `k` is drawn between them for each row; equal ones are the paper's.
-        literal (`bool`): take `M'` from all positions masked at `t + t'`, as the formula reads, instead of from those that
-            are visible at `t`.
+        min_artifacts (`int`), max_artifacts (`int`): `k` is drawn between them for each row; equal ones are the
+            paper's.
+        literal (`bool`): take `M'` from all positions masked at `t + t'`, as the formula reads, instead of from those
+            that are visible at `t`.
         block_length (`int`, *optional*): shape the corruption like semi-autoregressive decoding: earlier blocks
             visible, one at `t`, later ones masked.
         block_share (`float`): share of rows that are shaped so, if `block_length` is given.
-        sample_share (`float`): share of rows whose artifacts are sampled from the model; the others take its best guess.
+        sample_share (`float`): share of rows whose artifacts are sampled from the model; the others take its best
+            guess.
         by_confidence (`bool`): take the most confident predictions, as decoding would, instead of random ones.
         eps (`float`): smallest time.
         stratified (`bool`): spread the times evenly over the batch.
@@ -64,8 +66,8 @@ class FutureContextAugmentation:
     def __post_init__(self):
         if not 1 <= self.min_artifacts <= self.max_artifacts:
             raise ValueError(
-                f"`min_artifacts={self.min_artifacts}` and `max_artifacts={self.max_artifacts}` must be at least 1 and "
-                "in this order."
+                f"`min_artifacts={self.min_artifacts}` and `max_artifacts={self.max_artifacts}` must be at least 1 "
+                "and in this order."
             )
         for name in ("block_share", "sample_share"):
             if not 0 <= getattr(self, name) <= 1:

@@ -23,8 +23,8 @@ class PromptResponseCollator:
     *EOS rule* says how many of these EOS tokens are ordinary response tokens; later ones stand in the sequence, are
     never masked and carry no loss.
 
-    Rows of `prompt_ids` and `state_ids` (states of decoding, see [`~dsc_hf.evaluation.collect_states`]) are laid out as
-    they are; the batch then has `is_state` too.
+    Rows of `prompt_ids` and `state_ids` (states of decoding, see [`~dsc_hf.evaluation.collect_states`]) are laid out
+    as they are; the batch then has `is_state` too.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): needs an EOS token.

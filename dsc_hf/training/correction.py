@@ -31,8 +31,8 @@ class CorrectionHeadConfig(DiffusionTrainingArguments):
             backbone's probability of the token given all others, soft; needs no labels.
         artifacts_only (`bool`): loss only on the tokens that the model wrote (PRISM).
         wrong_weight (`float`): weight of the loss on wrong tokens, the rare class.
-        detection_settings (`list[dict]` or `str`, *optional*): arguments of `generate` for the decodes whose states the
-            head is evaluated on; by default plain decoding with 3 tokens a step.
+        detection_settings (`list[dict]` or `str`, *optional*): arguments of `generate` for the decodes whose states
+            the head is evaluated on; by default plain decoding with 3 tokens a step.
         detection_prompts (`int`): how many prompts of the evaluation set are decoded for that.
     """
 
@@ -60,8 +60,8 @@ class CorrectionHeadConfig(DiffusionTrainingArguments):
 class CorrectionHeadTrainer(DiffusionTrainer):
     """Trains the correction head; the backbone stays bit-identical. A [`~transformers.Trainer`] in everything else.
 
-    Rows are prompts and responses, into which artifacts are written (look-back, eq. 4.1), or states collected from real
-    decoding by [`~dsc_hf.evaluation.collect_states`] (`state_ids` instead of `response_ids`; for
+    Rows are prompts and responses, into which artifacts are written (look-back, eq. 4.1), or states collected from
+    real decoding by [`~dsc_hf.evaluation.collect_states`] (`state_ids` instead of `response_ids`; for
     `targets="leave_one_out"`). Evaluation adds `auroc` and `average_precision` of the head on states that decoding of
     evaluation prompts visits, and those of the training-free `visible` score to compare with.
 

@@ -1,8 +1,8 @@
 """Leave-one-out probabilities of all response tokens in one forward, by shadow masks.
 
 A mask token is appended for every response position, with that position's id. The text does not see these *shadows*;
-the shadow of position `i` sees itself and all of the text but token `i`, so it predicts what should stand there (WINO's
-shadow block over the whole response; see `methods.md`, section 4).
+the shadow of position `i` sees itself and all of the text but token `i`, so it predicts what should stand there
+(WINO's shadow block over the whole response; see `methods.md`, section 4).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def leave_one_out_probabilities(
     backbone, mask_token_id = model.backbone, model.config.mask_token_id
     if not accepts_position_ids(backbone):
         raise ValueError(
-            f"`targets='leave_one_out'` needs a backbone that takes position ids and 4D masks; {type(backbone).__name__} "
-            "does not. Use `targets='labels'`."
+            f"`targets='leave_one_out'` needs a backbone that takes position ids and 4D masks; "
+            f"{type(backbone).__name__} does not. Use `targets='labels'`."
         )
     batch, length = input_ids.shape
     width = int(response_mask.sum(1).max())

@@ -24,8 +24,8 @@ MAX_PER_POSITION = (1, 2)
 
 
 def best_row(rows: list[dict], score: str, k: int) -> dict:
-    """The best setting of a score at `k` tokens a step: accuracy of the number and of the whole reasoning, less a point
-    for each further forward pass."""
+    """The best setting of a score at `k` tokens a step: accuracy of the number and of the whole reasoning, less a
+    point for each further forward pass."""
     own = [r for r in rows if (r["settings"]["remasking_score"], r["settings"]["tokens_per_step"]) == (score, k)]
     return max(own, key=lambda r: r["accuracy"] + r["reasoning_accuracy"] - 0.01 * r["forward_passes"])
 

@@ -3,9 +3,9 @@
     python examples/demo_model/train.py                    # about an hour and a half on 2 CPU cores
     python examples/demo_model/train.py --resume           # go on after an interruption
 
-Writes problems, trains the backbone (`examples/train_backbone.py`) and the correction head (`examples/train_head.py`), lays
-both out as Hub snapshots in `model_cards/`, and chooses thresholds on validation problems. `make demo` then measures on
-test problems, and `python examples/demo_model/write_cards.py` puts the measured table into the cards.
+Writes problems, trains the backbone (`examples/train_backbone.py`) and the correction head (`examples/train_head.py`),
+lays both out as Hub snapshots in `model_cards/`, and chooses thresholds on validation problems. `make demo` then
+measures on test problems, and `python examples/demo_model/write_cards.py` puts the measured table into the cards.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from word_problems import MAX_RESPONSE_LENGTH
 
@@ -47,11 +48,12 @@ GENERATION = {
 }
 
 
-def run(name: str, seconds: dict[str, float], script: str, *arguments: str | Path) -> None:
-    """Run a script of the examples and note how long it took."""
+def run(name: str, seconds: dict[str, float], script: str, *arguments: str, **options: Any) -> None:
+    """Run a script of the examples with `--option value` for each option, and note how long it took."""
     print(f"\n==> {name}", flush=True)
     began = time.time()
-    subprocess.run([sys.executable, str(ROOT / "examples" / script), *map(str, arguments)], check=True, cwd=ROOT)
+    named = [text for option, value in options.items() for text in (f"--{option}", str(value))]
+    subprocess.run([sys.executable, str(ROOT / "examples" / script), *arguments, *named], check=True, cwd=ROOT)
     seconds[name] = round(time.time() - began)
 
 
@@ -77,28 +79,56 @@ def main() -> None:
     work, cards, resume = args.work_dir, args.model_cards, ["--resume"] if args.resume else []
     seconds: dict[str, float] = {}
 
-    prepare = ("--output_dir", work, "--rows", args.rows, "--seed", args.seed)
-    run("Writing problems", seconds, "demo_model/prepare.py", *prepare)
-    data = [*DATA, "--seed", args.seed]
+    run("Writing problems", seconds, "demo_model/prepare.py", output_dir=work, rows=args.rows, seed=args.seed)
     run(
-        "Training the backbone", seconds, "train_backbone.py", "--dataset", work / "train.jsonl", *data, *TRAINING, *BACKBONE_TRAINING, *resume,
-        "--config", work / "start" / "config.json", "--tokenizer", work / "start",
-        "--output_dir", work / "backbone", "--max_steps", args.backbone_steps,
+        "Training the backbone",
+        seconds,
+        "train_backbone.py",
+        *DATA,
+        *TRAINING,
+        *BACKBONE_TRAINING,
+        *resume,
+        dataset=work / "train.jsonl",
+        config=work / "start" / "config.json",
+        tokenizer=work / "start",
+        output_dir=work / "backbone",
+        max_steps=args.backbone_steps,
+        seed=args.seed,
     )
     lay_out(work / "backbone", cards / BACKBONE)
     run(
-        "Training the head", seconds, "train_head.py", "--dataset", work / "head.jsonl", *data, *TRAINING, *HEAD_MODEL, *HEAD_TRAINING, *resume,
-        "--backbone", cards / BACKBONE, "--base_name", f"../{BACKBONE}", "--output_dir", work / "head",
-        "--max_steps", args.head_steps, "--targets", "leave_one_out", "--state_prompts", args.state_prompts,
-        "--states_per_prompt", 16, "--judge", f"{HERE / 'word_problems.py'}:judge",
-        "--generation", json.dumps(GENERATION),
+        "Training the head",
+        seconds,
+        "train_head.py",
+        *DATA,
+        *TRAINING,
+        *HEAD_MODEL,
+        *HEAD_TRAINING,
+        *resume,
+        dataset=work / "head.jsonl",
+        backbone=cards / BACKBONE,
+        base_name=f"../{BACKBONE}",
+        output_dir=work / "head",
+        max_steps=args.head_steps,
+        targets="leave_one_out",
+        state_prompts=args.state_prompts,
+        states_per_prompt=16,
+        judge=f"{HERE / 'word_problems.py'}:judge",
+        generation=json.dumps(GENERATION),
+        seed=args.seed,
     )
     lay_out(work / "head", cards / HEAD)
+    checkpoint = work / "head" / f"checkpoint-{args.head_steps}"
+    shutil.copyfile(checkpoint / "trainer_state.json", cards / HEAD / "trainer_state.json")
     run(
-        "Choosing thresholds", seconds, "demo_model/choose_settings.py",
-        "--model", cards / HEAD, "--problems", args.validation_problems,
+        "Choosing thresholds",
+        seconds,
+        "demo_model/choose_settings.py",
+        model=cards / HEAD,
+        problems=args.validation_problems,
     )
-    (cards / HEAD / "training_seconds.json").write_text(json.dumps(seconds, indent=1) + "\n")
+    record = {**seconds, "backbone_steps": args.backbone_steps}
+    (cards / HEAD / "training_seconds.json").write_text(json.dumps(record, indent=1) + "\n")
     print("\n" + "\n".join(f"{name:<24} {value:>6} s" for name, value in seconds.items()))
 
 

@@ -38,11 +38,12 @@ A masked diffusion LM of 2.7M parameters that solves small word problems with a 
 `is_causal=False` (6 layers, width 192), with its own word-level tokenizer of 58 tokens. It exists to show and to test
 self-correction (`../word-problems-dsc`), not to be useful.
 
-- **Trained** from scratch by `examples/demo_model/train.py` (stage 1, eq. 3.1 of arXiv 2601.06428): {{ steps }} steps of
-  64 rows, bf16 autocast, Muon (3e-3) on the matrices and AdamW (1e-3) on the rest, cosine; all EOS tokens of the
+- **Trained** from scratch by `examples/demo_model/train.py` (stage 1, eq. 3.1 of arXiv 2601.06428): {{ steps }} steps
+  of 64 rows, bf16 autocast, Muon (3e-3) on the matrices and AdamW (1e-3) on the rest, cosine; all EOS tokens of the
   48-token response window are maskable. {{ minutes }} minutes on 2 CPU cores that were shared with other work.
-- **Data**: 400,000 procedurally written problems, seed 0, split by their numbers (`examples/demo_model/word_problems.py`);
-  validation and test problems have numbers that never occur in training. Weights in fp32.
+- **Data**: 400,000 procedurally written problems, seed 0, split by their numbers
+  (`examples/demo_model/word_problems.py`); validation and test problems have numbers that never occur in training.
+  Weights in fp32.
 - **Measured** by `make demo` on {{ rows[0].problems }} test problems (seed {{ rows[0].seed }}):
 
 {{ table }}
@@ -75,21 +76,24 @@ inputs = tokenizer("Amy has 56 shells. gives 3. finds 5. how many?", return_tens
 print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)[0])
 ```
 
-- **Head**: {{ config.head_num_layers }} bidirectional transformer layer(s) of width {{ config.head_hidden_size }} on the
-  output of block {{ tap }} of {{ config.backbone_num_layers }}, with re-read inputs (probability of the visible token, its
-  logit, entropy, is-mask flag); {{ "{:,}".format(parameters) }} parameters, fp32. The backbone is frozen and not in this
-  checkpoint: `../word-problems-backbone` is found in a clone and, once pushed, under the same owner on the Hub.
-- **Trained** by `examples/demo_model/train.py`: leave-one-out distillation ({{ head_steps }} steps of 64 states): states from
-  the model's own decodes of training prompts, plain and with the `visible` score, at 1 to 8 tokens a step; target: the
-  backbone's probability of each token given all others. No labels. {{ minutes }} minutes on 2 shared CPU cores.
-- **Detection** of wrong tokens (exact checker) on states of k = 3 decoding of {{ detection_prompts }} held-back training-split
-  problems, at the end of training: head AUROC {{ "%.3f" | format(detection.eval_auroc) }} / average precision
-  {{ "%.3f" | format(detection.eval_average_precision) }}; the training-free visible probability
-  {{ "%.3f" | format(detection.eval_visible_auroc) }} / {{ "%.3f" | format(detection.eval_visible_average_precision) }}.
+- **Head**: {{ config.head_num_layers }} bidirectional transformer layer(s) of width {{ config.head_hidden_size }} on
+  the output of block {{ tap }} of {{ config.backbone_num_layers }}, with re-read inputs (probability of the visible
+  token, its logit, entropy, is-mask flag); {{ "{:,}".format(parameters) }} parameters, fp32. The backbone is frozen
+  and not in this checkpoint: `../word-problems-backbone` is found in a clone and, once pushed, under the same owner on
+  the Hub.
+- **Trained** by `examples/demo_model/train.py`: leave-one-out distillation ({{ head_steps }} steps of 64 states):
+  states from the model's own decodes of training prompts, plain and with the `visible` score, at 1 to 8 tokens a step;
+  target: the backbone's probability of each token given all others. No labels. {{ minutes }} minutes on 2 shared CPU
+  cores.
+- **Detection** of wrong tokens (exact checker) on states of k = 3 decoding of {{ detection_prompts }} held-back
+  training-split problems, at the end of training: head AUROC {{ "%.3f" | format(detection.eval_auroc) }} / average
+  precision {{ "%.3f" | format(detection.eval_average_precision) }}; the training-free visible probability
+  {{ "%.3f" | format(detection.eval_visible_auroc) }} / {{ "%.3f" | format(detection.eval_visible_average_precision)
+  }}.
 - **Decoding defaults** are in `generation_config.json` (k = 3); those of the table, chosen on
   {{ settings.problems }} validation problems (seed {{ settings.seed }}), in `decoding_settings.json`.
-- **Measured** by `make demo` on {{ rows[0].problems }} test problems (seed {{ rows[0].seed }}), never used in training or for
-  choosing thresholds; ± is one standard error:
+- **Measured** by `make demo` on {{ rows[0].problems }} test problems (seed {{ rows[0].seed }}), never used in training
+  or for choosing thresholds; ± is one standard error:
 
 {{ table }}
 ![accuracy against forward passes](demo.png)

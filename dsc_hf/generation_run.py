@@ -1,0 +1,186 @@
+"""One call of generate() or infill(): rows as they finish, where each ends, and the output."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.modeling_outputs import ModelOutput
+
+from .decoding import Canvas, DecodingOptions, DecodingStep, decode, judge, predict
+from .generation_config_dsc import DSCGenerationConfig
+from .remasking import ThresholdSelection
+from .unmasking import FixedUnmasking
+
+
+@dataclass
+class DSCGenerationOutput(ModelOutput):
+    """What [`~DSCGenerationMixin.generate`] returns with `return_dict_in_generate=True`. `P` prompt, `G` new tokens.
+
+    Args:
+        sequences (`torch.LongTensor`): `(B, P + G)`, prompt and response; padding after the first EOS.
+        forward_passes (`torch.LongTensor`): `(B,)`, backbone forwards that the row took part in.
+        tokens_remasked (`torch.LongTensor`): `(B,)`, how many tokens were taken back.
+        tokens_per_forward (`torch.FloatTensor`): `(B,)`, response tokens (with EOS) over `forward_passes`.
+        error_probabilities (`torch.FloatTensor`, *optional*): `(B, G)`, probability that each response token is wrong:
+            when it was last judged, or, with `output_error_probabilities`, in the finished text. NaN where a token was
+            never judged and at padding. None if there is no score.
+        history (`tuple[DecodingStep]`, *optional*): every step, with `output_history`.
+    """
+
+    sequences: torch.LongTensor
+    forward_passes: torch.LongTensor | None = None
+    tokens_remasked: torch.LongTensor | None = None
+    tokens_per_forward: torch.FloatTensor | None = None
+    error_probabilities: torch.FloatTensor | None = None
+    history: tuple[DecodingStep, ...] | None = None
+
+
+class GenerationRun:
+    """One call of generate() or infill(): collects finished rows and makes the output."""
+
+    def __init__(self, model, config: DSCGenerationConfig, ids, prompt_length: int, generator, streamer):
+        self.model, self.config, self.generator, self.streamer = model, config, generator, streamer
+        self.prompt_length, self.infilling = prompt_length, prompt_length == 0
+        self.criteria = StoppingCriteriaList()
+        self.deadline = torch.inf if config.max_time is None else time.monotonic() + config.max_time
+        self.ids = ids.clone()
+        self.history: list[DecodingStep] | None = [] if config.output_history else None
+        eos = [] if self.infilling or config.eos_token_id is None else config.eos_token_id
+        self.eos = torch.tensor([eos] if isinstance(eos, int) else eos, device=ids.device, dtype=torch.long)
+        self.ends = torch.full((len(ids),), ids.shape[1])  # column behind each row's last token
+        self.forward_passes, self.tokens_remasked = (torch.zeros(len(ids), dtype=torch.long) for _ in range(2))
+        self.errors = torch.full(ids.shape, torch.nan)
+        self.written = torch.ones(ids.shape)
+        self.streamed = prompt_length
+
+    def start(self, blocks, attention_mask, logits_processor: LogitsProcessorList | None) -> None:
+        """Decode everything."""
+        config = self.config
+        config._eos_token_tensor = self.eos  # transformers reads it to make processors
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        self.blocks, self.attention_mask, self.positions = blocks, attention_mask, positions
+        self.options = DecodingOptions(
+            mask_token_id=self.model.config.mask_token_id,
+            token_count=self.model.config.token_count,
+            unmasking=FixedUnmasking(config.tokens_per_step),
+            score=config.remasking_score,
+            selection=ThresholdSelection(
+                threshold=config.remask_threshold,
+                top_k=config.remask_top_k,
+                buffer_size=config.remask_buffer_size,
+                max_per_position=config.max_remasks_per_position,
+                max_per_block=config.max_remasks_per_block,
+                strict=config.strict_paper,
+            ),
+            stride=config.remask_stride,
+            scope=config.remask_scope,
+            rescore=config.rescore,
+            verify_block=config.verify_block,
+            sample=config.do_sample,
+            logits_processor=self.model._get_logits_processor(
+                generation_config=config,
+                input_ids_seq_length=self.prompt_length,
+                logits_processor=logits_processor,
+                device=self.ids.device,
+            ),
+            generator=self.generator,
+            history=self.history,
+        )
+        if self.streamer is not None:
+            self.streamer.put(self.ids[:, : self.prompt_length].cpu())
+        canvas = Canvas(self.ids.clone(), blocks, attention_mask, positions)
+        decode(self.model, canvas, self.options, self.finish, self.draft if self.streamer is not None else None)
+        if self.streamer is not None:
+            self.stream(int(self.ends[0]))
+            self.streamer.end()
+
+    def draft(self, canvas: Canvas) -> None:
+        """Show the response as it stands."""
+        if hasattr(self.streamer, "put_draft"):
+            self.streamer.put_draft(canvas.ids[0, self.streamed :].cpu())
+
+    def stream(self, end: int) -> None:
+        """Hand on tokens that can't change any more."""
+        if end > self.streamed:
+            self.streamer.put(self.ids[0, self.streamed : end].cpu())
+            self.streamed = end
+
+    def finish(self, canvas: Canvas, completed: torch.Tensor) -> torch.Tensor:
+        """Keep the state of rows that completed a block; say which have ended by EOS or a stopping criterion."""
+        done = torch.zeros_like(completed)
+        for i in completed.nonzero()[:, 0].tolist():
+            row = int(canvas.rows[i])
+            self.ids[row] = canvas.ids[i]
+            self.errors[row], self.written[row] = canvas.errors[i].cpu(), canvas.written[i].cpu()
+            self.forward_passes[row] = canvas.forward_passes[i]
+            self.tokens_remasked[row] = canvas.state.remasks[i].sum().cpu()
+            columns = (canvas.blocks[i] == canvas.current[i]).nonzero()[:, 0].tolist()
+            end = None if self.infilling else self._end_of_row(self.ids[row], columns)
+            if end is not None:
+                done[i], self.ends[row] = True, end
+            if self.streamer is not None and self.config.remask_scope == "block":
+                self.stream(end or columns[-1] + 1)
+        return done
+
+    def _end_of_row(self, ids: torch.Tensor, columns: list[int]) -> int | None:
+        """The column behind the token that ends the row, if one does: in these columns or, where tokens of earlier
+        blocks may have changed, in the response."""
+        begin = self.prompt_length if self.config.remask_scope == "generated" else columns[0]
+        found = torch.isin(ids[begin : columns[-1] + 1], self.eos).nonzero()[:1, 0].tolist()
+        eos_end = begin + found[0] + 1 if found else None
+        if self.criteria:
+            for column in range(begin, columns[-1] + 1):
+                if eos_end is not None and column >= eos_end:
+                    break
+                if bool(self.criteria(ids[None, : column + 1], None).all()):
+                    return column + 1
+        if eos_end is None and time.monotonic() >= self.deadline:
+            return columns[-1] + 1
+        return eos_end
+
+    def output(self, trim: bool) -> torch.LongTensor | DSCGenerationOutput:
+        """Pad what stands behind each row's end and put the output together."""
+        config, columns = self.config, torch.arange(self.ids.shape[1])
+        after = columns >= self.ends[:, None]
+        pad_id = config.pad_token_id
+        if pad_id is None:
+            pad_id = int(self.eos[0]) if len(self.eos) else 0
+        self.ids[after.to(self.ids.device)] = pad_id
+        generated = (self.blocks >= 0).cpu() & ~after
+        width = int(self.ends.max()) if trim else self.ids.shape[1]
+        sequences = self.ids[:, :width]
+        if not config.return_dict_in_generate:
+            return sequences
+        errors = self._error_probabilities(after)
+        if errors is not None:
+            errors = errors.masked_fill(~generated, torch.nan)[:, self.prompt_length : width]
+        return DSCGenerationOutput(
+            sequences=sequences,
+            forward_passes=self.forward_passes,
+            tokens_remasked=self.tokens_remasked,
+            tokens_per_forward=generated.sum(1) / self.forward_passes,
+            error_probabilities=errors,
+            history=None if self.history is None else tuple(self.history),
+        )
+
+    def _error_probabilities(self, after: torch.Tensor) -> torch.Tensor | None:
+        """As last judged or, if asked for, of the finished text by one more forward."""
+        config = self.config
+        if not config.output_error_probabilities:
+            return self.errors if self.options.remasks else None
+        if self.options.score == "none":
+            self.options.score = "head" if self.model.config.head_trained else "visible"
+        mask_id = self.model.config.mask_token_id
+        ids = self.ids.masked_fill(after.to(self.ids.device) & (self.blocks >= 0), mask_id)
+        canvas = Canvas(ids, self.blocks, self.attention_mask, self.positions)
+        canvas.written = self.written.to(ids.device)
+        everything = slice(0, ids.shape[1])
+        prediction = predict(self.model, canvas, self.options, everything, self.options.score == "head")
+        self.forward_passes += 1
+        return judge(prediction, canvas.written, self.options).cpu()
+
+
+__all__ = ["DSCGenerationOutput", "GenerationRun"]
