@@ -232,9 +232,8 @@ def decode(
             scored = in_block & ~masked & judged[:, None]
             errors = judge(prediction, canvas.written, options)
             remasked = options.selection(errors, scored, canvas.state)
-            canvas.errors = torch.where(scored, errors, canvas.errors)
+            canvas.errors = torch.where(scored, errors, canvas.errors).masked_fill(remasked, torch.nan)
             canvas.ids = canvas.ids.masked_fill(remasked, options.mask_token_id)
-        canvas.errors = canvas.errors.masked_fill(remasked, torch.nan)
 
         # 4. Complete
         filled = ~(unfilled | remasked).any(1)

@@ -22,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
@@ -30,7 +31,7 @@ import dsc_hf  # noqa: F401  (registers the Auto classes)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "demo_model"))
 
-from solve import Solved, generate_batch, set_threads, solve  # noqa: E402
+from solve import Solved, faster_dtype, generate_batch, set_threads, solve  # noqa: E402
 from word_problems import draw_problems  # noqa: E402
 
 METHODS = {"plain": (1, 2, 3, 4, 5), "visible": (2, 3, 4, 5), "head": (2, 3, 4, 5)}
@@ -132,14 +133,16 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "model_cards" / "word-problems-dsc")
     parser.add_argument("--problems", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: the faster")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "build")
     args = parser.parse_args()
     began = time.time()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     set_threads()
-    print(f"Loading {args.model} with AutoModel ...")
+    dtype = faster_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
+    print(f"Loading {args.model} with AutoModel, backbone in {dtype} ...")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModel.from_pretrained(args.model)
+    model = AutoModel.from_pretrained(args.model, dtype=dtype)
     chosen = json.loads((args.model / "decoding_settings.json").read_text())["chosen"]
     problems = draw_problems(args.problems, args.seed, "test")
     print(
@@ -148,7 +151,7 @@ def main() -> None:
     rows, solved = run_all(model, tokenizer, problems, chosen, args.seed)
     print_table(rows)
     show_changes(model, tokenizer, problems, solved, chosen)
-    write_aside(args.output_dir / "demo.json", json.dumps({"rows": rows}, indent=1) + "\n")
+    write_aside(args.output_dir / "demo.json", json.dumps({"rows": rows, "dtype": str(dtype)}, indent=1) + "\n")
     plot(rows, args.output_dir / "demo.png")
     print(f"\nWrote {args.output_dir}/demo.json and demo.png; took {time.time() - began:.0f} s.")
     print('Try your own: python examples/generate.py --prompt "Amy has 56 shells. gives 3. finds 5. how many?"')

@@ -15,9 +15,9 @@ from dsc_hf.remasking import ThresholdSelection
 from dsc_hf.unmasking import FixedUnmasking
 
 EXAMPLES = settings(
-    max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-FEWER = settings(EXAMPLES, max_examples=150)
+FEWER = settings(EXAMPLES, max_examples=100)
 
 
 def reader(model):
@@ -383,6 +383,17 @@ def test_rows_do_not_wait_for_each_other():
     assert [bool(step.active[1]) for step in history] == [True] * 8 + [False] * (len(history) - 8)
     assert [len(call) for call in table.calls] == [2] * 8 + [1] * (len(history) - 8)
     assert bool(history[6].unmasked[1, 6:].any()) and not history[6].unmasked[0, 6:].any()
+
+
+def test_an_earlier_block_may_reach_further_right_than_another_rows_later_one():
+    """Infilling: row 0 works on block 1 in column 2 while row 1 still fills block 0 in columns 3 and 4."""
+    ids = torch.tensor([[4, MASK, MASK, 6, 7], [4, 5, 6, MASK, MASK]])
+    blocks = torch.tensor([[-1, 0, 1, -1, -1], [-1, -1, -1, 0, 0]])
+    together, passes, _ = run_table(TableModel(), ids=ids, blocks=blocks, score="none")
+    assert passes.tolist() == [2, 2]
+    for row in range(2):
+        alone, _, _ = run_table(TableModel(), ids=ids[[row]], blocks=blocks[[row]], score="none")
+        assert torch.equal(together[[row]], alone)
 
 
 def test_history_keeps_finished_rows_as_they_were():

@@ -357,6 +357,7 @@ def test_head_only_round_trip(saved):
 
 def test_head_only_checkpoints_hold_the_head_only(saved):
     folder, model = saved
+    assert model._keys_to_ignore_on_save == {f"backbone.{name}" for name in model.backbone.state_dict()}
     assert {p.name for p in folder.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
     weights = load_file(folder / "model.safetensors")
     assert weights.keys() == {k for k in model.state_dict() if k.startswith("correction_head.")}

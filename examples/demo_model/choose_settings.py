@@ -19,7 +19,7 @@ from word_problems import draw_problems
 
 import dsc_hf  # noqa: F401  (registers the Auto classes)
 
-THRESHOLDS = {"visible": (0.8, 0.9, 0.95), "head": (0.15, 0.3, 0.5)}
+THRESHOLDS = {"visible": (0.5, 0.65, 0.8, 0.9, 0.95), "head": (0.05, 0.1, 0.15, 0.3, 0.5)}
 MAX_PER_POSITION = (1, 2)
 
 
@@ -53,7 +53,8 @@ def main() -> None:
                 "max_remasks_per_block": 48,
                 "remask_scope": "generated",
             }
-            rows.append({"settings": settings, **solve(model, tokenizer, problems, **settings).summary()})
+            summary = solve(model, tokenizer, problems, **settings).summary()
+            rows.append({"settings": settings, **{name: summary[name] for name in summary if name != "ms"}})
             bar.update(1)
     bar.close()
     chosen: dict[str, dict[str, dict]] = {}

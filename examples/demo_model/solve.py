@@ -87,6 +87,19 @@ def solve(
     return Solved(responses, right, valid, passes, remasks, seconds)
 
 
+def faster_dtype() -> torch.dtype:
+    """bfloat16 where this CPU multiplies it faster than float32 (AVX512-BF16, AMX), else float32."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.randn(512, 512).to(dtype)
+        matrix @ matrix  # the first call sets up its kernel
+        began = time.perf_counter()
+        for _ in range(20):
+            matrix @ matrix
+        seconds[dtype] = time.perf_counter() - began
+    return min(seconds, key=seconds.get)
+
+
 def set_threads() -> None:
     """Use all cores: matrices this small gain nothing from more than a few threads."""
     torch.set_num_threads(min(torch.get_num_threads(), 4))
