@@ -458,6 +458,7 @@ def test_merged_round_trip(tmp_path, make):
     assert_same_model(model, again)
     assert not any(p.requires_grad for p in again.backbone.parameters()) and not again.backbone.training
     assert model.config.base_config is None  # the model in memory is what it was
+    assert model._keys_to_ignore_on_save == {f"backbone.{name}" for name in model.backbone.state_dict()}
     again.save_pretrained(tmp_path / "second")
     assert_same_model(model, DSCForMaskedDiffusion.from_pretrained(tmp_path / "second"))
 

@@ -21,13 +21,15 @@ import dsc_hf  # noqa: F401  (registers the Auto classes)
 
 THRESHOLDS = {"visible": (0.5, 0.65, 0.8, 0.9, 0.95), "head": (0.05, 0.1, 0.15, 0.3, 0.5)}
 MAX_PER_POSITION = (1, 2)
+VERIFY_BLOCK = (False, True)
 
 
 def best_row(rows: list[dict], score: str, k: int) -> dict:
-    """The best setting of a score at `k` tokens a step: accuracy of the number and of the whole reasoning, less a
-    point for each further forward pass."""
+    """The best setting of a score at `k` tokens a step, of those that need at most `60 / k` forward passes (at k = 3
+    half of plain decoding at k = 1): accuracy of the number and of the reasoning, less a point for each pass."""
     own = [r for r in rows if (r["settings"]["remasking_score"], r["settings"]["tokens_per_step"]) == (score, k)]
-    return max(own, key=lambda r: r["accuracy"] + r["reasoning_accuracy"] - 0.01 * r["forward_passes"])
+    cheap = [r for r in own if r["forward_passes"] <= 60 / k] or own
+    return max(cheap, key=lambda r: r["accuracy"] + r["reasoning_accuracy"] - 0.01 * r["forward_passes"])
 
 
 def main() -> None:
@@ -42,21 +44,25 @@ def main() -> None:
     model = AutoModel.from_pretrained(args.model)
     problems = draw_problems(args.problems, args.seed, "validation")
     rows = []
-    bar = logging.tqdm(total=sum(map(len, THRESHOLDS.values())) * len(MAX_PER_POSITION) * len(args.tokens_per_step))
-    for score, k, cap in itertools.product(THRESHOLDS, args.tokens_per_step, MAX_PER_POSITION):
-        for threshold in THRESHOLDS[score]:
-            settings = {
-                "tokens_per_step": k,
-                "remasking_score": score,
-                "remask_threshold": threshold,
-                "max_remasks_per_position": cap,
-                "max_remasks_per_block": 48,
-                "remask_scope": "generated",
-            }
-            summary = solve(model, tokenizer, problems, **settings).summary()
-            rows.append({"settings": settings, **{name: summary[name] for name in summary if name != "ms"}})
-            bar.update(1)
-    bar.close()
+    grid = [
+        (score, k, cap, verify, threshold)
+        for score, k, cap, verify in itertools.product(
+            THRESHOLDS, args.tokens_per_step, MAX_PER_POSITION, VERIFY_BLOCK
+        )
+        for threshold in THRESHOLDS[score]
+    ]
+    for score, k, cap, verify, threshold in logging.tqdm(grid):
+        settings = {
+            "tokens_per_step": k,
+            "remasking_score": score,
+            "remask_threshold": threshold,
+            "max_remasks_per_position": cap,
+            "max_remasks_per_block": 48,
+            "remask_scope": "generated",
+            "verify_block": verify,
+        }
+        summary = solve(model, tokenizer, problems, **settings).summary()
+        rows.append({"settings": settings, **{name: summary[name] for name in summary if name != "ms"}})
     chosen: dict[str, dict[str, dict]] = {}
     for score, k in itertools.product(THRESHOLDS, args.tokens_per_step):
         best = best_row(rows, score, k)
