@@ -38,9 +38,11 @@ A masked diffusion LM of 2.7M parameters that solves small word problems with a 
 `is_causal=False` (6 layers, width 192), with its own word-level tokenizer of 58 tokens. It exists to show and to test
 self-correction (`../word-problems-dsc`), not to be useful.
 
-- **Trained** from scratch by `examples/demo_model/train.py` (stage 1, eq. 3.1 of arXiv 2601.06428): {{ steps }} steps
+- **Trained** from scratch by the recipe of `examples/demo_model/train.py` (stage 1, eq. 3.1 of arXiv 2601.06428):
+  {{ steps }} steps
   of 64 rows, bf16 autocast, Muon (3e-3) on the matrices and AdamW (1e-3) on the rest, cosine; all EOS tokens of the
   48-token response window are maskable. {{ minutes }} minutes on 2 CPU cores that were shared with other work.
+  {{ remark }}
 - **Data**: 400,000 procedurally written problems, seed 0, split by their numbers
   (`examples/demo_model/word_problems.py`); validation and test problems have numbers that never occur in training.
   Weights in fp32.
@@ -92,6 +94,7 @@ print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
   }}.
 - **Decoding defaults** are in `generation_config.json` (k = 3); those of the table, chosen on
   {{ settings.problems }} validation problems (seed {{ settings.seed }}), in `decoding_settings.json`.
+  {{ settings.note }}
 - **Measured** by `make demo` on {{ rows[0].problems }} test problems (seed {{ rows[0].seed }}), never used in training
   or for choosing thresholds; ± is one standard error:
 
@@ -118,7 +121,10 @@ def main() -> None:
     table = Template(TABLE).render(rows=demo["rows"])
     common = {"rows": demo["rows"], "table": table}
     card = Template(BACKBONE).render(
-        **common, steps=seconds["backbone_steps"], minutes=round(seconds["Training the backbone"] / 60)
+        **common,
+        steps=seconds["backbone_steps"],
+        minutes=round(seconds["Training the backbone"] / 60),
+        remark=seconds.get("remark", ""),
     )
     (CARDS / "word-problems-backbone" / "README.md").write_text(card)
     card = Template(HEAD).render(
