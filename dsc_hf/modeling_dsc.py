@@ -26,6 +26,7 @@ from .backbones import (
     position_offset,
     transformer_blocks,
 )
+from .causal_use import refuse_causal_use
 from .checkpoints_dsc import LOCATION_ARGUMENTS, DSCCheckpointMixin
 from .configuration_dsc import DSCConfig
 from .correction_head import CorrectionHead, reread_inputs
@@ -287,8 +288,9 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
             return_dict (`bool`): return a [`DSCOutput`] instead of a tuple.
 
         Raises:
-            `ValueError`: scores were asked of an untrained head.
+            `ValueError`: scores were asked of an untrained head, or lm-eval takes this for a causal LM.
         """
+        refuse_causal_use()
         if output_error_logits and labels is None:
             self.require_trained_head()
         logits, hidden_states = self.read(input_ids, attention_mask, position_ids)
