@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessorList, MaxTimeCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import ModelOutput
 
 from .decoding import Canvas, DecodingOptions, DecodingStep, decode, judge, predict
@@ -57,6 +57,14 @@ class GenerationRun:
         self.errors = torch.full(ids.shape, torch.nan)
         self.written = torch.ones(ids.shape)
         self.streamed = prompt_length
+
+    def set_criteria(self, criteria: StoppingCriteriaList) -> None:
+        """Take the stopping criteria; one of time ends rows where a block ends, not within it."""
+        timers = [criterion for criterion in criteria if type(criterion) is MaxTimeCriteria]
+        self.criteria = StoppingCriteriaList(criterion for criterion in criteria if criterion not in timers)
+        for timer in timers:
+            left = timer.initial_timestamp + timer.max_time - time.time()
+            self.deadline = min(self.deadline, time.monotonic() + left)
 
     def start(self, blocks, attention_mask, logits_processor: LogitsProcessorList | None) -> None:
         """Decode everything."""
