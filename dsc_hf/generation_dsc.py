@@ -186,6 +186,12 @@ class DSCGenerationMixin(GenerationMixin):
             config.max_remasks_per_block = config.block_length
         if config.remasking_score == "head":
             self.require_trained_head()
+        wrapper = getattr(self.prepare_inputs_for_generation, "__self__", self)  # peft puts its own there
+        if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                f"A {type(wrapper.active_peft_config).__name__} adapter works through embeddings or a KV cache, which "
+                "diffusion decoding does not have: it would be ignored. Use another adapter, such as LoRA."
+            )
         return config
 
     def _check_prompt(self, prompt, attention_mask, config, streamer) -> tuple[torch.Tensor, torch.Tensor]:
