@@ -75,6 +75,8 @@ class DSCCheckpointMixin:
         try:
             model, info = super().from_pretrained(name, *model_args, **head_kwargs)
         except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):  # out of memory, a meta device
+                raise
             raise ValueError(f"The checkpoint {name!r} does not fit its config.json: {error}") from error
         except Exception as error:
             if type(error).__name__ != "SafetensorError":

@@ -47,11 +47,14 @@ class DSCOutput(ModelOutput):
         logits (`torch.Tensor`): `(B, L, V)`, position `i` predicts token `i`.
         error_logits (`torch.Tensor`, *optional*): `(B, L)`, the logit that token `i` is *correct*:
             `P_error = sigmoid(-error_logits)`. None if the head was not asked.
+        hidden_states, attentions (`tuple[torch.Tensor]`, *optional*): the backbone's, if asked for.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     error_logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def correction_loss(error_logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -216,6 +219,21 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         """The backbone's token embeddings."""
         return self._attached_backbone().get_input_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the backbone's token embeddings."""
+        self._attached_backbone().set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> None:
+        """Not here: the backbone is frozen and the head was made for its vocabulary.
+
+        Raises:
+            `ValueError`: always.
+        """
+        raise ValueError(
+            "The embeddings of a wrapped backbone can't be resized, its head was made for this vocabulary; resize the "
+            "backbone, train it, and wrap it with `from_backbone`."
+        )
+
     def get_output_embeddings(self) -> nn.Module | None:
         """The backbone's LM head."""
         return None if self.backbone is None else self.backbone.get_output_embeddings()
@@ -240,21 +258,26 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         Returns:
             `tuple`: logits `(B, L, V)`, position `i` predicting token `i`, and the tapped states `(B, L, D)`.
         """
+        output, tapped = self._read(input_ids, attention_mask, position_ids)
+        return align_logits(output.logits, self.config.logits_shift), tapped
+
+    def _read(self, input_ids, attention_mask, position_ids, **kwargs: Any) -> tuple[ModelOutput, torch.Tensor]:
+        """The backbone's own output, and the tapped states."""
         backbone, tapped = self._attached_backbone(), []
 
         def tap(module, arguments, output):
             tapped.append(output[0] if isinstance(output, tuple) else output)
 
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         if position_ids is not None and accepts_position_ids(backbone):
             inputs["position_ids"] = position_ids + position_offset(backbone)
         handle = transformer_blocks(backbone)[self.config.tap_layer].register_forward_hook(tap)
         try:
             with torch.no_grad():
-                logits = backbone(**inputs).logits
+                read = backbone(**inputs)
         finally:
             handle.remove()
-        return align_logits(logits, self.config.logits_shift), tapped[-1]
+        return read, tapped[-1]
 
     def score(
         self,
@@ -275,6 +298,8 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         position_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         output_error_logits: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> DSCOutput | tuple:
@@ -287,6 +312,7 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
             labels (`torch.LongTensor`, *optional*): `(B, L)`, the correct ids, -100 where there is no loss. The loss
                 is the mean of eq. 4.1 over visible labelled positions; the backbone gets no gradient.
             output_error_logits (`bool`, *optional*): ask the head; by default if it has been trained.
+            output_hidden_states, output_attentions (`bool`, *optional*): return the backbone's.
             return_dict (`bool`, *optional*): return a [`DSCOutput`], the default, or a tuple.
             kwargs: what wrappers pass on to any LM (`inputs_embeds`, `use_cache`, ...); only as None or False.
 
@@ -300,14 +326,19 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
             raise ValueError(f"`{unknown[0]}` is no argument of DSCForMaskedDiffusion's forward().")
         if output_error_logits and labels is None:
             self.require_trained_head()
-        logits, hidden_states = self.read(input_ids, attention_mask, position_ids)
+        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        asked = {name: getattr(self.config, name) if value is None else value for name, value in asked.items()}
+        read, hidden_states = self._read(
+            input_ids, attention_mask, position_ids, **{name: value for name, value in asked.items() if value}
+        )
+        logits = align_logits(read.logits, self.config.logits_shift)
         error_logits = loss = None
         if labels is not None or (self.config.head_trained if output_error_logits is None else output_error_logits):
             error_logits = self.score(input_ids, logits, hidden_states, attention_mask, position_ids)
         if labels is not None:
             counted = (labels != -100) & (input_ids != self.config.mask_token_id)
             loss = correction_loss(error_logits, input_ids == labels, counted) / counted.sum().clamp(min=1)
-        output = DSCOutput(loss=loss, logits=logits, error_logits=error_logits)
+        output = DSCOutput(loss, logits, error_logits, read.get("hidden_states"), read.get("attentions"))
         return output.to_tuple() if return_dict is False else output
 
     def require_trained_head(self) -> None:
