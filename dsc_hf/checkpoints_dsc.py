@@ -199,9 +199,7 @@ def _refuse_incomplete_config(name: str, config: DSCConfig) -> None:
     needed = ("backbone_hidden_size", "backbone_num_layers", "vocab_size", "mask_token_id")
     missing = [field for field in needed if getattr(config, field) is None]
     if missing:
-        raise ValueError(
-            f"The config of {name!r} lacks `{missing[0]}`; it is no checkpoint of dsc_hf, or save it again."
-        )
+        raise ValueError(f"The config of {name!r} lacks `{missing[0]}`: it is no checkpoint of dsc_hf; save it again.")
 
 
 def _load_adapter(backbone: PreTrainedModel, name: str, folder: str, where: dict[str, Any]) -> None:

@@ -166,15 +166,11 @@ class DSCGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"`{unknown[0]}={kwargs[unknown[0]]!r}` is no argument of generate(); see DSCGenerationConfig."
             )
-        attention_block = self.config.attention_block_length
-        if attention_block is not None:
-            config.update(block_length=attention_block, defaults_only=True)
+        causal_block = self.config.attention_block_length
+        if causal_block is not None:
+            config.update(block_length=causal_block, defaults_only=True)
         config.update(**config._get_default_generation_params(), defaults_only=True)
-        if (
-            attention_block is not None
-            and config.block_length % attention_block
-            and attention_block % config.block_length
-        ):
+        if causal_block is not None and config.block_length % causal_block and causal_block % config.block_length:
             raise ValueError(
                 f"`block_length={config.block_length}` must divide the length of the backbone's causal attention "
                 f"blocks, {causal_block}, or be a multiple of it."
