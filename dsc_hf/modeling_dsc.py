@@ -13,9 +13,9 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
+from .backbone_forward import run_backbone, transformer_blocks
 from .backbones import (
-    accepts_position_ids,
-    align_logits,
+    LOCATION_ARGUMENTS,
     auto_class_of,
     check_token_id,
     find_tokenizer,
@@ -23,13 +23,14 @@ from .backbones import (
     load_backbone,
     mask_token_id_of,
     max_positions,
-    position_offset,
-    transformer_blocks,
+    token_ids_of,
+    without_peft_wrapper,
 )
 from .causal_use import refuse_causal_use
-from .checkpoints_dsc import LOCATION_ARGUMENTS, DSCCheckpointMixin
+from .checkpoints_dsc import DSCCheckpointMixin
 from .configuration_dsc import DSCConfig
 from .correction_head import CorrectionHead, reread_inputs
+from .fingerprint import backbone_fingerprint, refuse_other_backbone
 from .generation_config_dsc import DSCGenerationConfig
 from .generation_dsc import DSCGenerationMixin
 
@@ -47,14 +48,11 @@ class DSCOutput(ModelOutput):
         logits (`torch.Tensor`): `(B, L, V)`, position `i` predicts token `i`.
         error_logits (`torch.Tensor`, *optional*): `(B, L)`, the logit that token `i` is *correct*:
             `P_error = sigmoid(-error_logits)`. None if the head was not asked.
-        hidden_states, attentions (`tuple[torch.Tensor]`, *optional*): the backbone's, if asked for.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     error_logits: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def correction_loss(error_logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -119,15 +117,18 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         mask_token_id: int | None = None,
+        attention_block_length: int | None = None,
         **kwargs: Any,
     ) -> DSCForMaskedDiffusion:
         """Wrap a diffusion LM with a fresh, untrained correction head.
 
         Args:
-            backbone (`str` or `PreTrainedModel`): folder, Hub id, or a loaded stock model.
+            backbone (`str` or `PreTrainedModel`): folder, Hub id, or a loaded stock model. LLaDA, Dream and their kin
+                (`families.py`) are loaded into stock classes, without remote code.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): names the mask token and how many ids are tokens; by
                 default the one beside the backbone.
             mask_token_id (`int`, *optional*): instead of the config's or tokenizer's.
+            attention_block_length (`int`, *optional*): instead of the config's or family's; see [`DSCConfig`].
             kwargs: arguments of the head ([`DSCConfig`]: `tap_layer`, `head_hidden_size`, `head_num_layers`, ...); all
                 others go to the backbone's `from_pretrained` (`revision`, `dtype`, `device_map`, ...).
 
@@ -138,13 +139,14 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         unknown = [k for k in head_arguments if k not in DSCConfig.__dataclass_fields__ or k == "head_trained"]
         if unknown:
             raise ValueError(f"`{unknown[0]}` is no argument of the correction head; see DSCConfig.")
+        backbone = without_peft_wrapper(backbone)
         name = None if isinstance(backbone, PreTrainedModel) else os.fspath(backbone)
         revision = kwargs.get("revision")
         if name is not None:
-            if tokenizer is None:
-                where = {k: kwargs[k] for k in (*LOCATION_ARGUMENTS, "revision") if k in kwargs}
-                tokenizer = find_tokenizer(name, **where)
             model = load_backbone(name, **kwargs)
+            if tokenizer is None:
+                where = {k: kwargs[k] for k in (*LOCATION_ARGUMENTS, "trust_remote_code") if k in kwargs}
+                tokenizer = find_tokenizer(name, **where)
         elif kwargs:
             raise ValueError(f"`{next(iter(kwargs))}` can't be applied to a backbone that is already loaded.")
         else:
@@ -152,22 +154,20 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
             auto_class_of(model.config, type(model).__name__)
         if mask_token_id is None:
             mask_token_id = mask_token_id_of(model, tokenizer)
+        if attention_block_length is None:
+            attention_block_length = getattr(model.config, "attention_block_length", None)
         text_config = model.config.get_text_config()
         config = DSCConfig(
             base_model_name_or_path=name,
             base_model_revision=revision,
+            backbone_fingerprint=backbone_fingerprint(model),
             mask_token_id=check_token_id(model, "mask_token_id", mask_token_id),
             logits_shift=getattr(model.config, "logits_shift", 0),
-            token_count=None if tokenizer is None else len(tokenizer),
+            attention_block_length=attention_block_length,
             vocab_size=model.get_input_embeddings().weight.shape[0],
             backbone_hidden_size=text_config.hidden_size,
             backbone_num_layers=len(transformer_blocks(model)),
-            **{
-                f"{kind}_token_id": _first_set(
-                    f"{kind}_token_id", tokenizer, getattr(model, "generation_config", None), model.config
-                )
-                for kind in ("eos", "pad", "bos")
-            },
+            **token_ids_of(model, tokenizer),
             **head_arguments,
         )
         config._attn_implementation = model.config._attn_implementation
@@ -179,7 +179,8 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         """Put a loaded backbone under the head, freeze it, and move the head to the tapped block's device.
 
         Raises:
-            `ValueError`: its shapes are not those the head was made for.
+            `ValueError`: its shapes or weights are not those the head was made for, or its attention implementation
+                can't do what it needs.
         """
         blocks = transformer_blocks(backbone)
         found = {
@@ -193,6 +194,14 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
                     f"The head was made for a backbone with `{field}={getattr(self.config, field)}`, this one has "
                     f"{value}: it is another model than the head was trained on."
                 )
+        if self.config.backbone_fingerprint is not None:
+            refuse_other_backbone(backbone, self.config.backbone_fingerprint)
+        if self.config.attention_block_length is not None and "flash" in backbone.config._attn_implementation:
+            raise ValueError(
+                f"`attn_implementation={backbone.config._attn_implementation!r}` takes no block-causal mask, which "
+                f"this backbone needs (`attention_block_length={self.config.attention_block_length}`); use 'sdpa'."
+            )
+        self.config.padding_mask = getattr(backbone.config, "padding_mask", None) or "2d"
         self.backbone = freeze(backbone)
         tied = getattr(backbone, "all_tied_weights_keys", None) or {}
         self.all_tied_weights_keys.update({f"backbone.{k}": f"backbone.{v}" for k, v in tied.items()})
@@ -258,26 +267,10 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         Returns:
             `tuple`: logits `(B, L, V)`, position `i` predicting token `i`, and the tapped states `(B, L, D)`.
         """
-        output, tapped = self._read(input_ids, attention_mask, position_ids)
-        return align_logits(output.logits, self.config.logits_shift), tapped
-
-    def _read(self, input_ids, attention_mask, position_ids, **kwargs: Any) -> tuple[ModelOutput, torch.Tensor]:
-        """The backbone's own output, and the tapped states."""
-        backbone, tapped = self._attached_backbone(), []
-
-        def tap(module, arguments, output):
-            tapped.append(output[0] if isinstance(output, tuple) else output)
-
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-        if position_ids is not None and accepts_position_ids(backbone):
-            inputs["position_ids"] = position_ids + position_offset(backbone)
-        handle = transformer_blocks(backbone)[self.config.tap_layer].register_forward_hook(tap)
-        try:
-            with torch.no_grad():
-                read = backbone(**inputs)
-        finally:
-            handle.remove()
-        return read, tapped[-1]
+        with torch.no_grad():
+            return run_backbone(
+                self._attached_backbone(), self.config, input_ids, attention_mask, position_ids, self.config.tap_layer
+            )
 
     def score(
         self,
@@ -298,8 +291,6 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         position_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         output_error_logits: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> DSCOutput | tuple:
@@ -312,7 +303,6 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
             labels (`torch.LongTensor`, *optional*): `(B, L)`, the correct ids, -100 where there is no loss. The loss
                 is the mean of eq. 4.1 over visible labelled positions; the backbone gets no gradient.
             output_error_logits (`bool`, *optional*): ask the head; by default if it has been trained.
-            output_hidden_states, output_attentions (`bool`, *optional*): return the backbone's.
             return_dict (`bool`, *optional*): return a [`DSCOutput`], the default, or a tuple.
             kwargs: what wrappers pass on to any LM (`inputs_embeds`, `use_cache`, ...); only as None or False.
 
@@ -323,22 +313,19 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         refuse_causal_use()
         unknown = [name for name, value in kwargs.items() if value is not None and value is not False]
         if unknown:
-            raise ValueError(f"`{unknown[0]}` is no argument of DSCForMaskedDiffusion's forward().")
+            raise ValueError(
+                f"`{unknown[0]}` is no argument of DSCForMaskedDiffusion's forward(); `model.backbone` may take it."
+            )
         if output_error_logits and labels is None:
             self.require_trained_head()
-        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        asked = {name: getattr(self.config, name) if value is None else value for name, value in asked.items()}
-        read, hidden_states = self._read(
-            input_ids, attention_mask, position_ids, **{name: value for name, value in asked.items() if value}
-        )
-        logits = align_logits(read.logits, self.config.logits_shift)
+        logits, hidden_states = self.read(input_ids, attention_mask, position_ids)
         error_logits = loss = None
         if labels is not None or (self.config.head_trained if output_error_logits is None else output_error_logits):
             error_logits = self.score(input_ids, logits, hidden_states, attention_mask, position_ids)
         if labels is not None:
             counted = (labels != -100) & (input_ids != self.config.mask_token_id)
             loss = correction_loss(error_logits, input_ids == labels, counted) / counted.sum().clamp(min=1)
-        output = DSCOutput(loss, logits, error_logits, read.get("hidden_states"), read.get("attentions"))
+        output = DSCOutput(loss=loss, logits=logits, error_logits=error_logits)
         return output.to_tuple() if return_dict is False else output
 
     def require_trained_head(self) -> None:
@@ -353,11 +340,6 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
     def max_sequence_length(self) -> int | None:
         """How many tokens prompt and response may have together, or None if the backbone sets no limit."""
         return max_positions(self._attached_backbone())
-
-
-def _first_set(name: str, *sources: Any) -> Any:
-    """The first value of an attribute that is not None."""
-    return next((value for source in sources if (value := getattr(source, name, None)) is not None), None)
 
 
 __all__ = ["DSCForMaskedDiffusion", "DSCOutput"]

