@@ -93,6 +93,23 @@ class Model(DSCForMaskedDiffusion):
         return output
 
 
+NOT_APPLICABLE = {
+    "test_attention_outputs": "the backbone's attentions are had from `model.backbone`",
+    "test_capture_outputs_decorator": "as above",
+    "test_hidden_states_output": "as above, for its hidden states",
+    "test_model_outputs_equivalence": "as above; its parts without them are in test_modeling_dsc.py",
+    "test_retain_grad_hidden_states_attentions": "the backbone is frozen, nothing in it has a gradient",
+    "test_from_pretrained_no_checkpoint": "a checkpoint is a folder or a Hub id, not a state dict",
+    "test_model_weights_reload_no_missing_tied_weights": "incomplete checkpoints are refused, by design",
+    "test_model_base_model_prefix": "there is no model without head to load into; `backbone` is a full model",
+    "test_tied_weights_keys": "whether a backbone ties weights is said by `base_config`, not by the outer config",
+    "test_resize_tokens_embeddings": "embeddings of a frozen backbone are not resized, a `ValueError` says so",
+    "test_resize_embeddings_untied": "as above",
+    "test_resize_embeddings_untied_no_reinit_on_post_init": "as above",
+}
+"""Tests that fail by design, and why."""
+
+
 class DSCModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (Model,)
 
@@ -110,3 +127,7 @@ class DSCModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
 
     def test_config(self):
         self.config_tester.run_common_tests()
+
+
+for name, reason in NOT_APPLICABLE.items():
+    setattr(DSCModelTest, name, unittest.skip(reason)(getattr(DSCModelTest, name)))
