@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import dsc_hf  # noqa: F401
+from dsc_hf.__main__ import main
 
 pytest.importorskip("lm_eval")
 QUESTIONS = ["hello", "a much longer question", "b", "what is it"]
@@ -136,17 +136,31 @@ def test_forward_outside_of_lm_eval_is_not_refused(checkpoint):
         assert AutoModelForCausalLM.from_pretrained(checkpoint)(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 
-def test_the_lm_eval_command_line(checkpoint, tmp_path, task, write):
-    """`python -m dsc_hf lm_eval ...`: the stock command in a process that knows the model."""
+@pytest.mark.slow  # the command reads all of its own tasks first
+def test_the_stock_command_evaluates_the_code_of_the_checkpoint(checkpoint, tmp_path, task, write):
+    """`lm_eval run --model hf --model_args pretrained=FOLDER,trust_remote_code=True`, without this package."""
     stop = task()
-    command = ["lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={checkpoint}", "--tasks", "letters"]
-    command += ["--include_path", tmp_path, "--device", "cpu", "--batch_size", "2"]
+    (tmp_path / "dsc_hf.py").write_text("raise ImportError('the package is not installed')")
+    command = ["run", "--model", "hf", "--model_args", f"pretrained={checkpoint},trust_remote_code=True"]
+    command += ["--tasks", "letters", "--include_path", tmp_path, "--device", "cpu", "--batch_size", "2"]
     command += ["--output_path", tmp_path / "out", "--log_samples"]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "HF_HOME": str(tmp_path / "home")}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(
-        [sys.executable, "-m", "dsc_hf", *map(str, command)], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "lm_eval", *map(str, command)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     samples = next(Path(tmp_path / "out").rglob("samples_letters*.jsonl")).read_text().splitlines()
     samples = sorted(map(json.loads, samples), key=lambda sample: sample["doc_id"])
     assert [sample["resps"][0][0] for sample in samples] == write(stop)
+
+
+def test_the_command_line_in_a_process_that_knows_the_model(capsys, monkeypatch):
+    """`python -m dsc_hf lm_eval ...` is the stock command."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    with pytest.raises(SystemExit) as exit:
+        main(["lm_eval", "run", "--help"])
+    assert exit.value.code == 0 and "--model_args" in capsys.readouterr().out

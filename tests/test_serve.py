@@ -1,5 +1,6 @@
 """`python -m dsc_hf transformers serve FOLDER` answers OpenAI requests with what `generate()` writes."""
 
+import contextlib
 import json
 import os
 import socket
@@ -18,34 +19,40 @@ pytest.importorskip("uvicorn")
 MESSAGES = [{"role": "user", "content": "hello there"}]
 
 
-@pytest.fixture(scope="module")
-def server(_shared_checkpoint, tmp_path_factory):
-    """A running server on a free port of the loopback interface: an OpenAI client and the model's name."""
+@contextlib.contextmanager
+def serving(command, folder, environment):
+    """Run a server on a free port of the loopback interface until it answers; yields an OpenAI client."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("serve") / "log.txt"
-    command = [sys.executable, "-m", "dsc_hf", "transformers", "serve", str(_shared_checkpoint)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--continuous-batching"]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with log.open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    command = [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    with (folder / "log.txt").open("w") as output:
+        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
     try:
         for _ in range(600):
             try:
                 urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/health")
                 break
             except OSError:
-                assert process.poll() is None, log.read_text()[-3000:]
+                assert process.poll() is None, (folder / "log.txt").read_text()[-3000:]
                 time.sleep(0.2)
         else:
-            pytest.fail(f"The server did not start: {log.read_text()[-3000:]}")
+            pytest.fail(f"The server did not start: {(folder / 'log.txt').read_text()[-3000:]}")
         base_url = f"http://127.0.0.1:{port}/v1"
         http_client = openai.DefaultHttpxClient(trust_env=False)
         yield openai.OpenAI(base_url=base_url, api_key="none", http_client=http_client, max_retries=1, timeout=120)
     finally:
         process.terminate()
         process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server(_shared_checkpoint, tmp_path_factory):
+    """A server in a process that knows the model."""
+    command = ["dsc_hf", "transformers", "serve", str(_shared_checkpoint), "--continuous-batching"]
+    with serving(command, tmp_path_factory.mktemp("serve"), {"PYTHONPATH": os.getcwd()}) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +136,12 @@ def test_errors_reach_the_client_and_leave_the_server_working(server, write, che
     with pytest.raises(openai.InternalServerError):
         server.chat.completions.create(model=checkpoint, messages=MESSAGES, max_tokens=5000)
     assert ask(server, checkpoint).choices[0].message.content == write(MESSAGES, max_new_tokens=24)[0]
+
+
+def test_the_stock_command_serves_the_code_of_the_checkpoint(write, checkpoint, tmp_path):
+    """`transformers serve FOLDER --trust-remote-code`, without this package."""
+    (tmp_path / "dsc_hf.py").write_text("raise ImportError('the package is not installed')")
+    environment = {"PYTHONPATH": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = ["transformers.cli.transformers", "serve", checkpoint, "--trust-remote-code"]
+    with serving(command, tmp_path, environment) as client:
+        assert ask(client, checkpoint).choices[0].message.content == write(MESSAGES, max_new_tokens=24)[0]
