@@ -25,6 +25,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from .hub_errors import lost_connection, unreadable
+
 
 def _class_names(mapping) -> set[str]:
     return {name for value in mapping.values() for name in ([value] if isinstance(value, str) else value)}
@@ -86,12 +88,13 @@ def load_backbone(
             name, config=config, use_safetensors=True, output_loading_info=True, **kwargs
         )
     except OSError as error:
-        raise ValueError(
-            f"The backbone {name!r} could not be read: {error} Check the path or Hub id, or pass a loaded model."
-        ) from error
+        advice = "Check the path or Hub id, or pass a loaded model."
+        raise unreadable(f"The backbone {name!r}", error, advice) from error
     except RuntimeError as error:
         raise ValueError(f"The backbone {name!r} does not fit its config.json: {error}") from error
     except Exception as error:
+        if lost_connection(error):
+            raise unreadable(f"The backbone {name!r}", error, "") from error
         if type(error).__name__ != "SafetensorError":
             raise
         raise ValueError(f"The weights of the backbone {name!r} are corrupt ({error}); fetch them again.") from error

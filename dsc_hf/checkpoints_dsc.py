@@ -22,6 +22,7 @@ from transformers.utils import logging
 from .backbones import freeze, load_backbone, refuse_incomplete
 from .card_push import CardPush, is_generated
 from .configuration_dsc import DSCConfig
+from .hub_errors import lost_connection, unreadable
 
 logger = logging.get_logger(__name__)
 
@@ -64,7 +65,10 @@ class DSCCheckpointMixin:
         where = {k: kwargs[k] for k in LOCATION_ARGUMENTS if k in kwargs}
         if not isinstance(config, DSCConfig):
             sources = {k: kwargs[k] for k in ("revision", "subfolder") if k in kwargs}
-            config = DSCConfig.from_pretrained(config or name, **where, **sources)
+            try:
+                config = DSCConfig.from_pretrained(config or name, **where, **sources)
+            except OSError as error:
+                raise unreadable(f"The checkpoint {name!r}", error, "Check the path or Hub id.") from error
         if config.backbone_hidden_size is None or config.mask_token_id is None:
             raise ValueError(f"The config of {name!r} lacks `backbone_hidden_size` or `mask_token_id`; save it again.")
         head_kwargs = dict(kwargs)
@@ -78,9 +82,13 @@ class DSCCheckpointMixin:
         head_kwargs.update(config=config, use_safetensors=True, output_loading_info=True)
         try:
             model, info = super().from_pretrained(name, *model_args, **head_kwargs)
+        except OSError as error:
+            raise unreadable(f"The checkpoint {name!r}", error, "Check the path or Hub id.") from error
         except RuntimeError as error:
             raise ValueError(f"The checkpoint {name!r} does not fit its config.json: {error}") from error
         except Exception as error:
+            if lost_connection(error):
+                raise unreadable(f"The checkpoint {name!r}", error, "") from error
             if type(error).__name__ != "SafetensorError":
                 raise
             raise ValueError(f"The weights of {name!r} are corrupt ({error}); fetch them again.") from error

@@ -58,6 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: HubServer
     ROUTES = (
+        ("POST", r"/faults", "set_faults"),
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/validate-yaml", "validate_yaml"),
         ("POST", r"/api/repos/create", "create"),
@@ -66,7 +67,6 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/models/(REPO)/commit/(SEGMENT)", "commit"),
         ("POST", r"/(REPO)\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/lfs/(SEGMENT)", "lfs_put"),
-        ("GET", r"/api/models/(REPO)/refs", "refs"),
         ("GET", r"/api/models/(REPO)/tree/(SEGMENT)(?:/(.*))?", "tree"),
         ("GET", r"/api/models/(REPO)(?:/revision/(SEGMENT))?", "info"),
         ("GET", r"/(REPO)/resolve/(SEGMENT)/(.*)", "resolve"),
@@ -162,6 +162,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Endpoints
 
+    def set_faults(self, body: bytes) -> dict:
+        """Not of the Hub: lets a client process order its faults, in place of those before."""
+        self.hub.faults[:] = [Fault(**fault) for fault in json.loads(body)]
+        return {}
+
     def whoami(self, body: bytes) -> dict:
         user = self.user()
         if user is None:
@@ -247,11 +252,6 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.endpoint}/{name}"
         answer = {"success": True, "commitOid": sha, "commitUrl": f"{url}/commit/{sha}"}
         return answer | ({"pullRequestUrl": f"{url}/discussions/{repo.pull_requests}"} if create_pr else {})
-
-    def refs(self, body: bytes, name: str) -> dict:
-        heads = self.repo(name).branches.items()
-        branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": s} for n, s in heads]
-        return {"branches": branches, "converts": [], "tags": []}
 
     def tree(self, body: bytes, name: str, revision: str, folder: str | None) -> list:
         repo = self.repo(name)
