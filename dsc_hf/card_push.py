@@ -20,6 +20,7 @@ from .model_card import base_model_id, is_merged, make_model_card
 
 logger = logging.get_logger(__name__)
 
+GIVEN_BY_THE_PUSH = ("model", "repo_id", "merge_backbone")
 SIGNATURE = "\n<!-- Written by dsc_hf ({}). A push replaces it until somebody edits it. -->\n"
 PLACEHOLDER = "This model card has been automatically generated."
 """In the card that transformers writes where there is none."""
@@ -65,11 +66,11 @@ class CardPush:
 
     def __post_init__(self):
         if isinstance(self.card, Mapping):
-            known = list(inspect.signature(make_model_card).parameters)[1:]
+            known = [k for k in inspect.signature(make_model_card).parameters if k not in GIVEN_BY_THE_PUSH]
             unknown = sorted(set(self.card) - set(known))
             if unknown:
                 raise ValueError(f"`card` has an entry {unknown[0]!r}; a card is made of {known}.")
-            make_model_card(self.model, **{"repo_id": self.repo_id, **self.card})
+            make_model_card(self.model, self.repo_id, **self.card)
         elif not isinstance(self.card, (ModelCard, type(None))):
             raise ValueError(f"`card` is a {type(self.card).__name__}; give a ModelCard or a dict of its facts.")
         named = self.model.config.base_model_name_or_path

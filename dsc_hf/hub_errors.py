@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from huggingface_hub.errors import OfflineModeIsEnabled
+
 
 def lost_connection(error: BaseException) -> BaseException | None:
     """The failure of the network behind an error, or None if there is none."""
     for cause in _causes(error):
         kinds = {f"{kind.__module__.split('.')[0].rstrip('2')}.{kind.__name__}" for kind in type(cause).__mro__}
-        if kinds & {"httpx.TransportError", "builtins.ConnectionError", "builtins.TimeoutError"}:
+        network = kinds & {"httpx.TransportError", "builtins.ConnectionError", "builtins.TimeoutError"}
+        if network and not isinstance(cause, OfflineModeIsEnabled):
             return cause
     return None
 

@@ -227,6 +227,7 @@ def test_a_card_is_ours_until_it_is_edited(on_hub):
     ("card", "message"),
     [
         ({"licence": "mit"}, "`card` has an entry 'licence'; a card is made of .*'license'"),
+        ({"repo_id": "me/other"}, "`card` has an entry 'repo_id'"),
         ({"measurements": [1]}, "`measurements` has a row 1"),
         ("README.md", "`card` is a str; give a ModelCard or a dict"),
     ],
