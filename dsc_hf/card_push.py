@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, file_exists, hf_hub_download
+from huggingface_hub import ModelCard, ModelCardData, file_exists, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -22,7 +22,10 @@ logger = logging.get_logger(__name__)
 
 GIVEN_BY_THE_PUSH = ("model", "repo_id", "merge_backbone")
 SIGNATURE = "\n<!-- Written by dsc_hf ({}). A push replaces it until somebody edits it. -->\n"
-PLACEHOLDER = "This model card has been automatically generated."
+PLACEHOLDER = (
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
+    "automatically generated."
+)
 """In the card that transformers writes where there is none."""
 
 
@@ -35,7 +38,13 @@ def is_generated(text: str) -> bool:
     """Whether nobody has written or edited this card: it is ours as we signed it, or the empty one of transformers."""
     head, tail = re.escape(SIGNATURE).split(r"\{\}")
     match = re.fullmatch(f"(.*){head}([0-9a-f]*){tail}", text.replace("\r\n", "\n"), re.DOTALL)
-    return PLACEHOLDER in text if match is None else _digest(match[1]) == match[2]
+    if match is not None:
+        return _digest(match[1]) == match[2]
+    return PLACEHOLDER in text and ModelCard(text).text.split() == _placeholder_card().text.split()
+
+
+def _placeholder_card() -> ModelCard:
+    return ModelCard.from_template(ModelCardData(library_name="transformers"), model_description=PLACEHOLDER)
 
 
 def _digest(text: str) -> str:

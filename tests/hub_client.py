@@ -93,6 +93,12 @@ def push_merged():
     wrapped("merged", 4).push_to_hub("me/merged", merge_backbone=True, private=True, token="hf_me")
 
 
+def push_head_beside_its_backbone():
+    model = wrapped("beside", 10)
+    model.config.base_model_name_or_path = "../base"
+    model.push_to_hub("beside")
+
+
 def push_sharded():
     wrapped("sharded", 8).push_to_hub("me/sharded", merge_backbone=True, max_shard_size="20KB")
 
@@ -117,6 +123,7 @@ def push_a_folder_with_a_card():
 
 def push_cards():
     """A generated card is replaced, an edited one kept unless another is given."""
+    LlamaForCausalLM.from_pretrained("first").push_to_hub("me/cards", tags=["stock"])  # with a placeholder for a card
     model = wrapped("cards", 6)
     model.push_to_hub("me/cards")
     found = {"first": readme("me/cards")}
@@ -169,6 +176,10 @@ def load_head():
     same = [type(model) is DSCForMaskedDiffusion and equals(model, "head") for model in models]
     generation = models[0].generation_config
     return {"same": same, "generation": [generation.tokens_per_step, generation.do_sample]}
+
+
+def load_head_beside_its_backbone():
+    return equals(AutoModel.from_pretrained("me/beside", cache_dir="beside"), "beside")
 
 
 def load_revisions():

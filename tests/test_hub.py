@@ -139,6 +139,7 @@ def test_a_card_in_the_folder_is_pushed(hub, pushed):
 
 def test_whose_card_stays(pushed):
     cards = pushed["push_cards"]["result"]
+    assert cards["first"].startswith("---\nbase_model: me/base\n") and "More Information Needed" not in cards["first"]
     assert cards["tokenizer pushed"] == cards["first"]
     assert "`tokens_per_step` | `7`" in cards["generated again"] and "`3`" in cards["first"]
     assert 'AutoTokenizer.from_pretrained("me/base")' in cards["first"]
@@ -175,6 +176,12 @@ def test_a_head_comes_back_with_its_pinned_backbone(hub, folder, loaded):
     base, pinned = hub.repos["me/base"], (folder / "first.sha").read_text()
     assert base.files()["model.safetensors"] != base.files(pinned)["model.safetensors"]
     assert loaded["load_head"]["result"] == {"same": [True] * 4, "generation": [3, False]}
+
+
+def test_a_head_beside_its_backbone(hub, loaded):
+    assert json.loads(hub.repos["me/beside"].files()["config.json"])["base_model_name_or_path"] == "../base"
+    assert card_of(hub.repos["me/beside"].files())[0]["base_model"] == "me/base"
+    assert loaded["load_head_beside_its_backbone"]["result"] is True
 
 
 def test_revisions_of_a_head(loaded):

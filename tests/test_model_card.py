@@ -1,11 +1,14 @@
 """Model cards: what they say, what they must not invent, and that the code in them runs."""
 
 import re
+from unittest.mock import Mock
 
 import pytest
 import yaml
 from conftest import make_bert, make_llama, make_model
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from transformers.utils.hub import create_and_tag_model_card
 
 from dsc_hf import DSCForMaskedDiffusion
 from dsc_hf.card_push import CardPush, is_generated, sign
@@ -221,6 +224,13 @@ def test_a_card_is_ours_until_it_is_edited(on_hub):
     assert not is_generated(text.replace("No others were stated", "It can't count"))
     assert not is_generated(text + "More.\n") and not is_generated("# A card\n")
     assert str(ModelCard(text)) == text
+
+
+def test_the_placeholder_of_transformers_is_nobodys_until_it_is_edited(monkeypatch):
+    monkeypatch.setattr(ModelCard, "load", Mock(side_effect=RemoteEntryNotFoundError("none", response=Mock())))
+    text = str(create_and_tag_model_card("me/it", ["a"]))
+    assert is_generated(text)
+    assert not is_generated(text.replace("[More Information Needed]", "Mine.", 1))
 
 
 @pytest.mark.parametrize(
