@@ -4,9 +4,11 @@ all."""
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import posixpath
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,17 +18,18 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from transformers import PreTrainedModel
-from transformers.utils import logging
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
 
-from .backbones import freeze, load_backbone, refuse_incomplete
+from .backbones import LOCATION_ARGUMENTS, freeze, load_backbone, readable_errors, refuse_incomplete
 from .card_push import CardPush, is_generated
 from .configuration_dsc import DSCConfig
-from .hub_errors import lost_connection, unreadable
 
 logger = logging.get_logger(__name__)
 
-LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
+MODEL_AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
 PUSH_ARGUMENTS = (
     *("repo_id", "card", "commit_message", "commit_description", "private", "revision", "create_pr", "tags"),
 )
@@ -56,42 +59,31 @@ class DSCCheckpointMixin:
             head_dtype (`torch.dtype`, *optional*): precision of the head; fp32 by default.
             kwargs: as of [`~transformers.PreTrainedModel.from_pretrained`]: `dtype`, `device_map`,
                 `quantization_config` and `attn_implementation` are for the backbone, `revision` is the head's (the
-                backbone's own is in the config).
+                backbone's own is in the config), `trust_remote_code` lets a backbone run its own code.
 
         Raises:
             `ValueError`: the checkpoint is incomplete or corrupt, or the backbone is missing or another one.
         """
         name = os.fspath(pretrained_model_name_or_path)
+        trust_remote_code = bool(kwargs.pop("trust_remote_code", False))
         where = {k: kwargs[k] for k in LOCATION_ARGUMENTS if k in kwargs}
-        if not isinstance(config, DSCConfig):
-            sources = {k: kwargs[k] for k in ("revision", "subfolder") if k in kwargs}
-            try:
-                config = DSCConfig.from_pretrained(config or name, **where, **sources)
-            except OSError as error:
-                raise unreadable(f"The checkpoint {name!r}", error, "Check the path or Hub id.") from error
-        if config.backbone_hidden_size is None or config.mask_token_id is None:
-            raise ValueError(f"The config of {name!r} lacks `backbone_hidden_size` or `mask_token_id`; save it again.")
-        head_kwargs = dict(kwargs)
-        if config.base_config is None:
-            backbone_kwargs = {k: head_kwargs.pop(k) for k in BACKBONE_ARGUMENTS if k in kwargs}
-            if "attn_implementation" not in backbone_kwargs and config._attn_implementation is not None:
-                backbone_kwargs["attn_implementation"] = config._attn_implementation
-            if backbone is None:
-                backbone = cls._load_named_backbone(name, config, {**where, **backbone_kwargs})
-            config._attn_implementation = backbone.config._attn_implementation
-        head_kwargs.update(config=config, use_safetensors=True, output_loading_info=True)
-        try:
+        with readable_errors("checkpoint", name):
+            if not isinstance(config, PreTrainedConfig):
+                config = DSCConfig.from_pretrained(config or name, **where)
+            _refuse_incomplete_config(name, config)
+            head_kwargs = dict(kwargs)
+            if config.base_config is None:
+                backbone_kwargs = {k: head_kwargs.pop(k) for k in BACKBONE_ARGUMENTS if k in kwargs}
+                if "attn_implementation" not in backbone_kwargs and config._attn_implementation is not None:
+                    backbone_kwargs["attn_implementation"] = config._attn_implementation
+                if backbone is None:
+                    backbone_kwargs["trust_remote_code"] = trust_remote_code
+                    backbone = cls._load_named_backbone(name, config, {**where, **backbone_kwargs})
+                    if config.base_adapter is not None:
+                        _load_adapter(backbone, name, config.base_adapter, where)
+                config._attn_implementation = backbone.config._attn_implementation
+            head_kwargs.update(config=config, use_safetensors=True, output_loading_info=True)
             model, info = super().from_pretrained(name, *model_args, **head_kwargs)
-        except OSError as error:
-            raise unreadable(f"The checkpoint {name!r}", error, "Check the path or Hub id.") from error
-        except RuntimeError as error:
-            raise ValueError(f"The checkpoint {name!r} does not fit its config.json: {error}") from error
-        except Exception as error:
-            if lost_connection(error):
-                raise unreadable(f"The checkpoint {name!r}", error, "") from error
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise ValueError(f"The weights of {name!r} are corrupt ({error}); fetch them again.") from error
         refuse_incomplete(name, info)
         if config.base_config is None:
             model.attach_backbone(backbone)
@@ -111,6 +103,9 @@ class DSCCheckpointMixin:
         if base.startswith("../"):
             path = os.path if os.path.isdir(name) else posixpath
             base = path.normpath(path.join(name, base))
+        kwargs = {
+            k: v for k, v in kwargs.items() if k not in ("revision", "subfolder")
+        }  # the head's, not the backbone's
         if config.base_model_revision is not None:
             kwargs["revision"] = config.base_model_revision
         return load_backbone(base, **kwargs)
@@ -138,11 +133,15 @@ class DSCCheckpointMixin:
         try:
             with self._config_for_saving(merge):
                 super().save_pretrained(aside, **kwargs)
-            target.mkdir(exist_ok=True)
-            written = sorted(aside.iterdir(), key=lambda path: path.suffix == ".json")  # weights before configs
-            for path in written:
-                os.replace(path, target / path.name)
-            names = {path.name for path in written}
+                if self.config.base_adapter is not None:
+                    _save_adapter(self.backbone, aside / self.config.base_adapter)
+                _copy_code(type(self), aside)
+            files = [path for path in aside.rglob("*") if path.is_file()]
+            for path in sorted(files, key=lambda path: path.suffix == ".json"):  # weights before configs
+                destination = target / path.relative_to(aside)
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, destination)
+            names = {path.name for path in files}
             for old in target.glob("model*.safetensors*"):  # shards of an older, larger checkpoint
                 if old.name not in names and names & {"model.safetensors", "model.safetensors.index.json"}:
                     old.unlink()
@@ -195,8 +194,15 @@ class DSCCheckpointMixin:
         """Make config, ignored keys and generation defaults those of the kind of checkpoint that is written."""
         config, ignored = self.config, self._keys_to_ignore_on_save
         kept = config.base_config, self.generation_config
+        adapted = self.backbone is not None and getattr(self.backbone, "_hf_peft_config_loaded", False)
+        config.base_adapter = "base_adapter" if adapted else None
+        config.auto_map = {"AutoConfig": "configuration_dsc.DSCConfig"}
+        config.auto_map |= dict.fromkeys(MODEL_AUTO_CLASSES, "modeling_dsc.DSCForMaskedDiffusion")
         if merge:
             backbone = self._attached_backbone()
+            if adapted or backbone.is_custom_code():
+                what = "has an adapter (merge it first: `merge_and_unload`)" if adapted else "runs remote code"
+                raise ValueError(f"`merge_backbone=True`: the backbone {what}; save the head only.")
             config.base_config = {**backbone.config.to_dict(), "architectures": [type(backbone).__name__]}
             self._keys_to_ignore_on_save = set()
         else:
@@ -216,6 +222,41 @@ class DSCCheckpointMixin:
         finally:
             config.base_config, self.generation_config = kept
             self._keys_to_ignore_on_save = ignored
+
+
+def _refuse_incomplete_config(name: str, config: DSCConfig) -> None:
+    needed = ("backbone_hidden_size", "backbone_num_layers", "vocab_size", "mask_token_id")
+    missing = [field for field in needed if getattr(config, field) is None]
+    if missing:
+        raise ValueError(f"The config of {name!r} lacks `{missing[0]}`: it is no checkpoint of dsc_hf; save it again.")
+
+
+def _save_adapter(backbone: PreTrainedModel, folder: Path) -> None:
+    """Save the backbone's active adapter as peft does. (transformers' own way reads the original config.json again,
+    which a stock config class can't.)"""
+    peft = importlib.import_module("peft")  # needed here only
+    (adapter,) = backbone.active_adapters()
+    weights = peft.get_peft_model_state_dict(backbone, adapter_name=adapter, save_embedding_layers=False)
+    folder.mkdir()
+    save_file(
+        {f"base_model.model.{k}": v.contiguous() for k, v in weights.items()}, folder / ADAPTER_SAFE_WEIGHTS_NAME
+    )
+    backbone.peft_config[adapter].save_pretrained(folder)
+
+
+def _load_adapter(backbone: PreTrainedModel, name: str, folder: str, where: dict[str, Any]) -> None:
+    """Put the checkpoint's LoRA into the backbone."""
+    where = dict(where)
+    folder = "/".join(part for part in (where.pop("subfolder", None), folder) if part)
+    local = where.pop("local_files_only", False)
+    backbone.load_adapter(name, adapter_kwargs={**where, "subfolder": folder}, local_files_only=local)
+
+
+def _copy_code(model_class: type, folder: Path) -> None:
+    """Put the modules that the model needs beside its weights, for `trust_remote_code=True` without dsc_hf."""
+    source = sys.modules[model_class.__module__].__file__
+    for path in {source, *get_relative_import_files(source)}:
+        shutil.copyfile(path, folder / Path(path).name)
 
 
 __all__ = ["DSCCheckpointMixin"]

@@ -14,9 +14,14 @@ class DSCConfig(PreTrainedConfig):
         base_model_name_or_path (`str`, *optional*): the backbone of a head-only checkpoint: a Hub id, a folder, or a
             path that begins with `../` and is relative to the checkpoint's own folder or Hub repository.
         base_model_revision (`str`, *optional*): the backbone's revision on the Hub.
+        base_adapter (`str`, *optional*): sub-folder of the checkpoint with a LoRA that belongs into the backbone.
+        backbone_fingerprint (`dict`, *optional*): of the backbone that the head was made for; another is refused.
         base_config (`dict`, *optional*): the backbone's config, if its weights are in this checkpoint (*merged*).
         mask_token_id (`int`): the mask token.
-        logits_shift (`int`, defaults to 0): position `i - logits_shift` of the backbone predicts token `i`.
+        logits_shift (`int`, defaults to 0): position `i - logits_shift` of the backbone predicts token `i`; 0 or 1.
+        attention_block_length (`int`, *optional*): the backbone's attention is full within blocks of so many positions
+            and causal between them; None for full attention.
+        padding_mask (`str`, defaults to `"2d"`): how padding is told to the backbone; see `backbone_forward.py`.
         token_count (`int`, *optional*): ids from here on are padding of the embeddings and never generated.
         vocab_size (`int`), backbone_hidden_size (`int`), backbone_num_layers (`int`): shapes of the backbone that the
             head was made for.
@@ -36,9 +41,13 @@ class DSCConfig(PreTrainedConfig):
 
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
+    base_adapter: str | None = None
+    backbone_fingerprint: dict[str, Any] | None = None
     base_config: dict[str, Any] | None = None
     mask_token_id: int | None = None
     logits_shift: int = 0
+    attention_block_length: int | None = None
+    padding_mask: str = "2d"
     token_count: int | None = None
     vocab_size: int | None = None
     backbone_hidden_size: int | None = None
@@ -74,6 +83,13 @@ class DSCConfig(PreTrainedConfig):
             raise ValueError(
                 f"`head_hidden_size={self.head_hidden_size}` must be a multiple of twice "
                 f"`head_num_attention_heads={heads}` (rotary embeddings need an even width for each head)."
+            )
+        if self.logits_shift not in (0, 1):
+            raise ValueError(f"`logits_shift={self.logits_shift}` must be 0 or 1.")
+        if self.attention_block_length is not None and self.attention_block_length < 1:
+            raise ValueError(
+                f"`attention_block_length={self.attention_block_length}` must be at least 1, or None for full "
+                "attention."
             )
         depth = self.backbone_num_layers
         if not -depth <= self.tap_layer < depth:

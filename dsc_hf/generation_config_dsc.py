@@ -45,7 +45,8 @@ class DSCGenerationConfig(GenerationConfig):
 
     Args:
         max_new_tokens (`int`, defaults to 128): longest response, in tokens. (`max_length` counts the prompt too.)
-        block_length (`int`, defaults to 32): tokens in a block; blocks are completed from left to right.
+        block_length (`int`, defaults to 32): tokens in a block; blocks are completed from left to right. For a
+            block-causal backbone it defaults to the length of its attention blocks.
         tokens_per_step (`int`, defaults to 1): `k`, masks to fill in each forward pass.
         remasking_score (`str`, defaults to `"none"`): how wrong each written token looks: `"head"` (the trained head),
             `"visible"` (1 - probability of the token in this forward), `"written"` (1 - its probability when written),

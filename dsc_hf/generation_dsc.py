@@ -74,8 +74,7 @@ class DSCGenerationMixin(GenerationMixin):
         rows = config.num_return_sequences
         prompt, attention_mask = prompt.repeat_interleave(rows, 0), attention_mask.repeat_interleave(rows, 0)
         ids = torch.nn.functional.pad(prompt, (0, new_tokens), value=self.config.mask_token_id)
-        blocks = torch.arange(new_tokens, device=ids.device) // config.block_length
-        blocks = torch.nn.functional.pad(blocks, (length, 0), value=-1).expand_as(ids)
+        blocks = self._blocks(attention_mask, new_tokens, config.block_length)
         attention_mask = torch.nn.functional.pad(attention_mask, (0, new_tokens), value=1)
         run = GenerationRun(self, config, ids, length, _as_generator(generator, ids.device), streamer)
         run.criteria = self._get_stopping_criteria(
@@ -109,8 +108,13 @@ class DSCGenerationMixin(GenerationMixin):
             `torch.LongTensor` `(B, L)`, or [`DSCGenerationOutput`] with `G = L`.
 
         Raises:
-            `ValueError`: a bad argument, or a row without mask tokens.
+            `ValueError`: a bad argument, a row without mask tokens, or a block-causal backbone.
         """
+        if self.config.attention_block_length is not None:
+            raise ValueError(
+                "`infill` needs a backbone that sees the text behind a mask; this one is block-causal "
+                f"(`attention_block_length={self.config.attention_block_length}`). Use `generate`."
+            )
         config = self._resolve_generation_config(generation_config, kwargs)
         ids = _check_ids(input_ids, "input_ids", self.config.vocab_size)
         attention_mask = _check_attention_mask(attention_mask, ids)
@@ -168,12 +172,30 @@ class DSCGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"`{unknown[0]}={kwargs[unknown[0]]!r}` is no argument of generate(); see DSCGenerationConfig."
             )
+        causal_block = self.config.attention_block_length
+        if causal_block is not None:
+            config.update(block_length=causal_block, defaults_only=True)
         config.update(**config._get_default_generation_params(), defaults_only=True)
+        if causal_block is not None and config.block_length % causal_block and causal_block % config.block_length:
+            raise ValueError(
+                f"`block_length={config.block_length}` must divide the length of the backbone's causal attention "
+                f"blocks, {causal_block}, or be a multiple of it."
+            )
         if config.max_remasks_per_block is None:
             config.max_remasks_per_block = config.block_length
         if config.remasking_score == "head":
             self.require_trained_head()
         return config
+
+    def _blocks(self, attention_mask: torch.Tensor, new_tokens: int, block_length: int) -> torch.Tensor:
+        """The block of each position, -1 in the prompt, `(B, P + new_tokens)`. Those of a block-causal backbone lie
+        where its attention blocks do, so that the first may be shorter."""
+        columns = torch.arange(new_tokens, device=attention_mask.device)
+        begin = attention_mask.sum(1, keepdim=True)
+        if self.config.attention_block_length is None:
+            begin = torch.zeros_like(begin)
+        blocks = (begin + columns) // block_length - begin // block_length
+        return torch.nn.functional.pad(blocks, (attention_mask.shape[1], 0), value=-1)
 
     def _check_prompt(self, prompt, attention_mask, config, streamer) -> tuple[torch.Tensor, torch.Tensor]:
         prompt = _check_ids(prompt, "input_ids", self.config.vocab_size)

@@ -13,9 +13,9 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
+from .backbone_forward import run_backbone, transformer_blocks
 from .backbones import (
-    accepts_position_ids,
-    align_logits,
+    LOCATION_ARGUMENTS,
     auto_class_of,
     check_token_id,
     find_tokenizer,
@@ -23,12 +23,13 @@ from .backbones import (
     load_backbone,
     mask_token_id_of,
     max_positions,
-    position_offset,
-    transformer_blocks,
+    token_ids_of,
+    without_peft_wrapper,
 )
-from .checkpoints_dsc import LOCATION_ARGUMENTS, DSCCheckpointMixin
+from .checkpoints_dsc import DSCCheckpointMixin
 from .configuration_dsc import DSCConfig
 from .correction_head import CorrectionHead, reread_inputs
+from .fingerprint import backbone_fingerprint, refuse_other_backbone
 from .generation_config_dsc import DSCGenerationConfig
 from .generation_dsc import DSCGenerationMixin
 
@@ -88,6 +89,7 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["CorrectionHead"]
+    _keep_in_fp32_modules = ["correction_head"]  # which quantisers skip too
     _keep_in_fp32_modules_strict = ["correction_head"]
 
     def __init__(self, config: DSCConfig):
@@ -114,15 +116,18 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         mask_token_id: int | None = None,
+        attention_block_length: int | None = None,
         **kwargs: Any,
     ) -> DSCForMaskedDiffusion:
         """Wrap a diffusion LM with a fresh, untrained correction head.
 
         Args:
-            backbone (`str` or `PreTrainedModel`): folder, Hub id, or a loaded stock model.
+            backbone (`str` or `PreTrainedModel`): folder, Hub id, or a loaded stock model. LLaDA, Dream and their kin
+                (`families.py`) are loaded into stock classes, without remote code.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): names the mask token and how many ids are tokens; by
                 default the one beside the backbone.
             mask_token_id (`int`, *optional*): instead of the config's or tokenizer's.
+            attention_block_length (`int`, *optional*): instead of the config's or family's; see [`DSCConfig`].
             kwargs: arguments of the head ([`DSCConfig`]: `tap_layer`, `head_hidden_size`, `head_num_layers`, ...); all
                 others go to the backbone's `from_pretrained` (`revision`, `dtype`, `device_map`, ...).
 
@@ -133,13 +138,14 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         unknown = [k for k in head_arguments if k not in DSCConfig.__dataclass_fields__ or k == "head_trained"]
         if unknown:
             raise ValueError(f"`{unknown[0]}` is no argument of the correction head; see DSCConfig.")
+        backbone = without_peft_wrapper(backbone)
         name = None if isinstance(backbone, PreTrainedModel) else os.fspath(backbone)
         revision = kwargs.get("revision")
         if name is not None:
-            if tokenizer is None:
-                where = {k: kwargs[k] for k in (*LOCATION_ARGUMENTS, "revision") if k in kwargs}
-                tokenizer = find_tokenizer(name, **where)
             model = load_backbone(name, **kwargs)
+            if tokenizer is None:
+                where = {k: kwargs[k] for k in (*LOCATION_ARGUMENTS, "trust_remote_code") if k in kwargs}
+                tokenizer = find_tokenizer(name, **where)
         elif kwargs:
             raise ValueError(f"`{next(iter(kwargs))}` can't be applied to a backbone that is already loaded.")
         else:
@@ -147,22 +153,20 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
             auto_class_of(model.config, type(model).__name__)
         if mask_token_id is None:
             mask_token_id = mask_token_id_of(model, tokenizer)
+        if attention_block_length is None:
+            attention_block_length = getattr(model.config, "attention_block_length", None)
         text_config = model.config.get_text_config()
         config = DSCConfig(
             base_model_name_or_path=name,
             base_model_revision=revision,
+            backbone_fingerprint=backbone_fingerprint(model),
             mask_token_id=check_token_id(model, "mask_token_id", mask_token_id),
             logits_shift=getattr(model.config, "logits_shift", 0),
-            token_count=None if tokenizer is None else len(tokenizer),
+            attention_block_length=attention_block_length,
             vocab_size=model.get_input_embeddings().weight.shape[0],
             backbone_hidden_size=text_config.hidden_size,
             backbone_num_layers=len(transformer_blocks(model)),
-            **{
-                f"{kind}_token_id": _first_set(
-                    f"{kind}_token_id", tokenizer, getattr(model, "generation_config", None), model.config
-                )
-                for kind in ("eos", "pad", "bos")
-            },
+            **token_ids_of(model, tokenizer),
             **head_arguments,
         )
         config._attn_implementation = model.config._attn_implementation
@@ -174,7 +178,8 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         """Put a loaded backbone under the head, freeze it, and move the head to the tapped block's device.
 
         Raises:
-            `ValueError`: its shapes are not those the head was made for.
+            `ValueError`: its shapes or weights are not those the head was made for, or its attention implementation
+                can't do what it needs.
         """
         blocks = transformer_blocks(backbone)
         found = {
@@ -188,6 +193,14 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
                     f"The head was made for a backbone with `{field}={getattr(self.config, field)}`, this one has "
                     f"{value}: it is another model than the head was trained on."
                 )
+        if self.config.backbone_fingerprint is not None:
+            refuse_other_backbone(backbone, self.config.backbone_fingerprint)
+        if self.config.attention_block_length is not None and "flash" in backbone.config._attn_implementation:
+            raise ValueError(
+                f"`attn_implementation={backbone.config._attn_implementation!r}` takes no block-causal mask, which "
+                f"this backbone needs (`attention_block_length={self.config.attention_block_length}`); use 'sdpa'."
+            )
+        self.config.padding_mask = getattr(backbone.config, "padding_mask", None) or "2d"
         self.backbone = freeze(backbone)
         tied = getattr(backbone, "all_tied_weights_keys", None) or {}
         self.all_tied_weights_keys.update({f"backbone.{k}": f"backbone.{v}" for k, v in tied.items()})
@@ -238,21 +251,10 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         Returns:
             `tuple`: logits `(B, L, V)`, position `i` predicting token `i`, and the tapped states `(B, L, D)`.
         """
-        backbone, tapped = self._attached_backbone(), []
-
-        def tap(module, arguments, output):
-            tapped.append(output[0] if isinstance(output, tuple) else output)
-
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if position_ids is not None and accepts_position_ids(backbone):
-            inputs["position_ids"] = position_ids + position_offset(backbone)
-        handle = transformer_blocks(backbone)[self.config.tap_layer].register_forward_hook(tap)
-        try:
-            with torch.no_grad():
-                logits = backbone(**inputs).logits
-        finally:
-            handle.remove()
-        return align_logits(logits, self.config.logits_shift), tapped[-1]
+        with torch.no_grad():
+            return run_backbone(
+                self._attached_backbone(), self.config, input_ids, attention_mask, position_ids, self.config.tap_layer
+            )
 
     def score(
         self,
@@ -313,11 +315,6 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
     def max_sequence_length(self) -> int | None:
         """How many tokens prompt and response may have together, or None if the backbone sets no limit."""
         return max_positions(self._attached_backbone())
-
-
-def _first_set(name: str, *sources: Any) -> Any:
-    """The first value of an attribute that is not None."""
-    return next((value for source in sources if (value := getattr(source, name, None)) is not None), None)
 
 
 __all__ = ["DSCForMaskedDiffusion", "DSCOutput"]

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from dsc_hf import backbones
-from dsc_hf.backbones import align_logits, aligned_logits, auto_class_of, load_backbone, mask_token_id_of
+from dsc_hf.backbone_forward import align_logits, aligned_logits, position_offset, transformer_blocks
+from dsc_hf.backbones import auto_class_of, load_backbone, mask_token_id_of
 
 
 def edit_config(folder, **changes):
@@ -138,12 +139,12 @@ def test_location_arguments_reach_the_checkpoint(backbone_folder):
 
 
 def test_blocks_are_found():
-    assert backbones.transformer_blocks(make_llama()) is not None
-    assert len(backbones.transformer_blocks(make_bert())) == 3
+    assert transformer_blocks(make_llama()) is not None
+    assert len(transformer_blocks(make_bert())) == 3
     model = make_llama()
     model.config.num_hidden_layers = 17
     with pytest.raises(ValueError, match="no list of `num_hidden_layers=17` blocks"):
-        backbones.transformer_blocks(model)
+        transformer_blocks(model)
 
 
 def test_mask_token_comes_from_config_or_tokenizer(tokenizer):
@@ -155,16 +156,16 @@ def test_mask_token_comes_from_config_or_tokenizer(tokenizer):
 def test_mask_token_must_be_known(tokenizer):
     with pytest.raises(ValueError, match="`mask_token_id` is in neither.*pass `mask_token_id=`"):
         mask_token_id_of(make_llama(mask_token_id=None))
-    with pytest.raises(ValueError, match=f"`mask_token_id={EOS}` and the tokenizer {MASK}"):
+    with pytest.raises(ValueError, match=f"config's `mask_token_id` is {EOS} and the tokenizer's .* is {MASK}"):
         mask_token_id_of(make_llama(mask_token_id=EOS), tokenizer)
     with pytest.raises(ValueError, match="`mask_token_id=32` is outside the backbone's 32 embeddings"):
         mask_token_id_of(make_llama(mask_token_id=VOCAB))
 
 
 def test_positions():
-    assert (backbones.position_offset(make_llama()), backbones.max_positions(make_llama())) == (0, 64)
-    assert (backbones.position_offset(make_bert()), backbones.max_positions(make_bert())) == (0, 64)
-    assert (backbones.position_offset(make_roberta()), backbones.max_positions(make_roberta())) == (2, 32)
+    assert (position_offset(make_llama()), backbones.max_positions(make_llama())) == (0, 64)
+    assert (position_offset(make_bert()), backbones.max_positions(make_bert())) == (0, 64)
+    assert (position_offset(make_roberta()), backbones.max_positions(make_roberta())) == (2, 32)
 
 
 def test_find_tokenizer(backbone_folder, tmp_path):
@@ -176,7 +177,8 @@ def test_align_logits():
     logits = torch.arange(4.0)[None, :, None].expand(1, 4, 2)
     assert align_logits(logits, 0) is logits
     assert align_logits(logits, 1)[0, :, 0].tolist() == [0, 0, 1, 2]
-    assert align_logits(logits, 2)[0, :, 1].tolist() == [0, 0, 0, 1]
+    padded = torch.tensor([[0, 0, 1, 1]])  # the first token of the row keeps its own logits, as it would alone
+    assert align_logits(logits, 1, padded)[0, :, 1].tolist() == [0, 0, 2, 2]
 
 
 def test_aligned_logits_reads_the_shift_from_the_config():

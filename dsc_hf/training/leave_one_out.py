@@ -8,8 +8,9 @@ the shadow of position `i` sees itself and all of the text but token `i`, so it 
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
-from ..backbones import accepts_position_ids, position_offset
+from ..backbone_forward import additive_mask, allowed_attention, forward_arguments, position_offset
 
 
 def leave_one_out_probabilities(
@@ -27,10 +28,10 @@ def leave_one_out_probabilities(
         `torch.Tensor`: `(B, L)`, fp32; 0 outside the response. At masked positions, the mask token's (meaningless).
 
     Raises:
-        `ValueError`: the backbone takes no position ids.
+        `ValueError`: the backbone takes no position ids, or no additive 4D masks.
     """
     backbone, mask_token_id = model.backbone, model.config.mask_token_id
-    if not accepts_position_ids(backbone):
+    if "position_ids" not in forward_arguments(backbone) or model.config.padding_mask in ("4d_bool", "none"):
         raise ValueError(
             f"`targets='leave_one_out'` needs a backbone that takes position ids and 4D masks; "
             f"{type(backbone).__name__} does not. Use `targets='labels'`."
@@ -44,17 +45,17 @@ def leave_one_out_probabilities(
     shadow_positions = (positions.gather(1, columns) - model.config.logits_shift).clamp(min=0)
     ids = torch.cat([input_ids, torch.full_like(columns, mask_token_id)], dim=1)
 
-    allowed = torch.zeros(batch, length + width, length + width, dtype=torch.bool, device=ids.device)
-    allowed[:, :, :length] = attention_mask.bool()[:, None]
-    allowed[:, length:, :length] &= columns[:, :, None] != torch.arange(length, device=ids.device)
-    allowed |= torch.eye(length + width, dtype=torch.bool, device=ids.device)  # itself, and no empty row
-    dtype = next(backbone.parameters()).dtype
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=ids.device).masked_fill(~allowed, torch.finfo(dtype).min)
+    text = allowed_attention(model.config, attention_mask, positions)
+    sources = (columns - model.config.logits_shift).clamp(min=0)  # what predicts the token, and what it may see
+    shadows = text.gather(1, sources[:, :, None].expand(-1, -1, length))
+    shadows &= columns[:, :, None] != torch.arange(length, device=ids.device)
+    itself = torch.eye(width, dtype=torch.bool, device=ids.device).expand(batch, -1, -1)
+    allowed = torch.cat([pad(text, (0, width)), torch.cat([shadows, itself], dim=2)], dim=1)
     with torch.no_grad():
         logits = (
             backbone(
                 input_ids=ids,
-                attention_mask=mask[:, None],
+                attention_mask=additive_mask(allowed, next(backbone.parameters()).dtype),
                 position_ids=torch.cat([positions, shadow_positions], dim=1) + position_offset(backbone),
             )
             .logits[:, length:]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..backbones import aligned_logits, mask_token_id_of
+from ..backbone_forward import aligned_logits
+from ..backbones import mask_token_id_of
 from .base import DiffusionTrainer, DiffusionTrainingArguments
 from .collator import IGNORE_INDEX
 from .corruption import draw_times, mask_tokens
