@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -109,11 +108,10 @@ class CardPush:
                 logger.warning(f"{repo_id!r} keeps its own README.md; push with `card={{}}` for a generated one.")
                 text = _tagged(held, tags)
             else:
-                config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-                given = {"repo_id": repo_id, "remote_code": "auto_map" in config, **(self.card or {})}
+                given = dict(self.card or {})
                 if "tokenizer" not in given and file_exists(repo_id, "tokenizer_config.json", **where):
                     given["tokenizer"] = repo_id
-                card = make_model_card(self.model, merge_backbone=self.merge_backbone, **given)
+                card = make_model_card(self.model, repo_id, merge_backbone=self.merge_backbone, **given)
                 text = sign(_tagged(str(card), tags))
         (folder / "README.md").write_text(text, encoding="utf-8", newline="")
 

@@ -35,7 +35,7 @@ score that needs no training, `remasking_score="visible"`, works.
 {% endif %}
 
 - **Base model**: {{ base }}
-- **Contents**: {{ "base model and correction head" if merged else "the correction head, without the base model" }}
+- **Contents**: {{ contents }}
 - **Head**: {{ head }}
 - **Licence**: {{ license }}
 - **Training data**: {{ training_data }}
@@ -43,18 +43,13 @@ score that needs no training, `remasking_score="visible"`, works.
 ## How to use
 
 ```python
-import dsc_hf  # registers the model with transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer{{ backbone_import }}
-
 {{ example }}
 ```
-{% if remote_code %}
+{% if remote_code and remote_example %}
 
 Without the package, with the code in this repository:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer{{ backbone_import }}
-
 {{ remote_example }}
 ```
 {% endif %}
@@ -102,7 +97,7 @@ def make_model_card(
     repo_id: str | None = None,
     *,
     merge_backbone: bool | None = None,
-    remote_code: bool | None = None,
+    remote_code: bool = True,
     license: str | None = None,
     license_name: str | None = None,
     license_link: str | None = None,
@@ -124,8 +119,7 @@ def make_model_card(
         repo_id (`str`, *optional*): the repository on the Hub that it is for.
         merge_backbone (`bool`, *optional*): whether the backbone's weights are in the checkpoint; as of
             [`~DSCForMaskedDiffusion.save_pretrained`].
-        remote_code (`bool`, *optional*): whether the code is in the checkpoint; by default if the config has an
-            `auto_map`.
+        remote_code (`bool`): whether the code is in the checkpoint; `save_pretrained` puts it there.
         license (`str`, *optional*), license_name (`str`, *optional*), license_link (`str`, *optional*): as the Hub
             wants them: an identifier such as `"apache-2.0"`, or `"other"` with a name and a link.
         language (`str` or list, *optional*): language codes of the training data.
@@ -147,7 +141,6 @@ def make_model_card(
         `ValueError`: the Hub has no such relation, or a row of the table is no `dict`.
     """
     merged = is_merged(model, merge_backbone)
-    remote_code = bool(getattr(model.config, "auto_map", None)) if remote_code is None else remote_code
     base, datasets = base_model_id(model, repo_id), _as_list(datasets)
     data = ModelCardData(
         library_name="dsc_hf",
@@ -167,7 +160,7 @@ def make_model_card(
         name=posixpath.basename(checkpoint),
         head_trained=model.config.head_trained,
         base=_describe_base(model, base),
-        merged=merged,
+        contents=_describe_contents(model, merged),
         head=_describe_head(model),
         license=_describe_license(license, license_name, license_link),
         training_data=_describe_training_data(model, training_data, datasets),
@@ -221,18 +214,25 @@ def _relation(model: PreTrainedModel, base: str | None, merged: bool, given: str
     if given is not None and given not in RELATIONS:
         raise ValueError(f"`base_model_relation={given!r}` must be one of {list(RELATIONS)}.")
     quantized = merged and getattr(model.backbone.config, "quantization_config", None)
-    return None if base is None else given or ("quantized" if quantized else "finetune" if merged else "adapter")
+    kind = "quantized" if quantized else "finetune" if merged else "adapter"
+    return None if base is None else given or kind
 
 
 def _describe_base(model: PreTrainedModel, base: str | None) -> str:
     named, revision = model.config.base_model_name_or_path, model.config.base_model_revision
     kind = "" if model.backbone is None else f" (`{type(model.backbone).__name__}`)"
+    pinned = f"at revision `{revision}`" if revision else "no revision is pinned, so the newest is loaded"
     if base is not None:
-        pinned = f"at revision `{revision}`" if revision else "no revision is pinned, so the newest is loaded"
         return f"[`{base}`](https://huggingface.co/{base}){kind}, {pinned}"
     if named is None or named.startswith("../"):
-        return f"not stated{kind}" if named is None else f"`{named}`{kind}, beside this checkpoint"
+        return f"`{named}`{kind}, beside this checkpoint" if named else f"not stated{kind}"
     return f"a folder `{os.path.basename(os.path.normpath(named))}`{kind} on its owner's machine, not on the Hub"
+
+
+def _describe_contents(model: PreTrainedModel, merged: bool) -> str:
+    adapted = getattr(model.backbone, "_hf_peft_config_loaded", False)
+    head = "the correction head" + (" and a LoRA adapter of the base model" if adapted else "")
+    return "base model and correction head" if merged else f"{head}, without the base model"
 
 
 def _describe_head(model: PreTrainedModel) -> str:
@@ -252,17 +252,15 @@ def _describe_license(license: str | None, name: str | None, link: str | None) -
 
 
 def _describe_training_data(model: PreTrainedModel, words: str | None, datasets: list[str]) -> str:
-    if not model.config.head_trained and not words and not datasets:
-        return "none, the head is untrained"
     links = [f"[`{name}`](https://huggingface.co/datasets/{name})" for name in datasets]
-    return "; ".join(filter(None, (words, *links))) or "not stated"
+    unknown = "not stated" if model.config.head_trained else "none, the head is untrained"
+    return "; ".join(filter(None, (words, *links))) or unknown
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table; its columns are those of all rows, in the order in which they come up."""
-    for row in rows:
-        if not isinstance(row, Mapping) or not row:
-            raise ValueError(f"`measurements` has a row {row!r}; rows must be dicts of columns and values.")
+    for bad in [row for row in rows if not isinstance(row, Mapping) or not row]:
+        raise ValueError(f"`measurements` has a row {bad!r}; rows must be dicts of columns and values.")
     columns = list(dict.fromkeys(column for row in rows for column in row))
 
     def line(cells) -> str:
@@ -275,26 +273,28 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _example(
     model: PreTrainedModel, checkpoint: str, base: str | None, merged: bool, tokenizer: str | None, prompt: str
-) -> dict[str, str]:
-    """Lines that load and decode. A base model that others can't load by its name is passed by hand."""
+) -> dict[str, str | None]:
+    """Lines that load and decode, with and without the package; a base model that has no name is passed by hand."""
     by_hand = not merged and base is None and not (model.config.base_model_name_or_path or "").startswith("../")
-    kind = "AutoModelForMaskedLM" if model.backbone is None else type(model.backbone).__name__
+    trust = "trust_remote_code=True"
+    own_code = [trust] if model.backbone is not None and model.backbone.is_custom_code() else []
     revision = model.config.base_model_revision if tokenizer is None and base is not None else None
-    tokenizer = json.dumps(tokenizer or base or checkpoint) + (
-        f", revision={json.dumps(revision)}" if revision else ""
-    )
+    pinned = f", revision={json.dumps(revision)}" if revision else ""
 
-    def lines(*extra: str) -> str:
-        arguments = ", ".join((json.dumps(checkpoint), *(("backbone=backbone",) if by_hand else ()), *extra))
-        loaded = f'backbone = {kind}.from_pretrained("path/of/the/base/model")\n' if by_hand else ""
-        return f"""{loaded}model = AutoModelForCausalLM.from_pretrained({arguments})
-tokenizer = AutoTokenizer.from_pretrained({tokenizer})
+    def lines(first: str, *arguments: str) -> str:
+        return f"""{first}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({", ".join((json.dumps(checkpoint), *arguments))})
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(tokenizer or base or checkpoint)}{pinned})
 inputs = tokenizer({json.dumps(prompt, ensure_ascii=False)}, return_tensors="pt")
 ids = model.generate(**inputs)
 print(tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))"""
 
-    example = {"example": lines(), "remote_example": lines("trust_remote_code=True")}
-    return {**example, "backbone_import": f", {kind}" if by_hand else ""}
+    first, folder = "import dsc_hf  # registers the model with transformers\n", '"path/of/the/base/model"'
+    if by_hand:
+        first = "from dsc_hf.backbones import load_backbone\n"
+        own_code.insert(0, f"backbone=load_backbone({', '.join((folder, *own_code))})")
+    return {"example": lines(first, *own_code), "remote_example": None if by_hand else lines("", trust)}
 
 
 __all__ = ["make_model_card"]

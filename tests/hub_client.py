@@ -14,14 +14,17 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from unittest import mock
 
 import torch
 from huggingface_hub import HfApi, ModelCard
+from peft import LoraConfig
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, LlamaForCausalLM
 
 from dsc_hf import DSCForMaskedDiffusion
 
 HEAD = {"head_num_layers": 1, "head_intermediate_size": 16, "head_num_attention_heads": 2}
+OTHERS = ("beside", "adapter")
 torch.set_num_threads(1)
 IDS = torch.tensor([[4, 5, 2, 7, 2, 9]])
 
@@ -43,10 +46,10 @@ def equals(model, name: str) -> bool:
     return all(torch.equal(value, expected[key]) for key, value in computed(model).items())
 
 
-def wrapped(name: str, seed: int, **kwargs):
-    """A model with a head of its own on me/base; what it computes is kept under the name."""
+def wrapped(name: str, seed: int, backbone="me/base", **kwargs):
+    """A model with a head of its own; what it computes is kept under the name."""
     torch.manual_seed(seed)
-    model = DSCForMaskedDiffusion.from_backbone("me/base", **HEAD, **kwargs)
+    model = DSCForMaskedDiffusion.from_backbone(backbone, **HEAD, **kwargs)
     model.config.head_trained = True
     model.generation_config.update(tokens_per_step=3, max_new_tokens=8)
     torch.save(computed(model), f"{name}.pt")
@@ -91,6 +94,12 @@ def push_head_of_a_private_backbone():
 
 def push_merged():
     wrapped("merged", 4).push_to_hub("me/merged", merge_backbone=True, private=True, token="hf_me")
+
+
+def push_head_with_adapter():
+    backbone = LlamaForCausalLM.from_pretrained("me/base")
+    backbone.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    wrapped("adapter", 11, backbone).push_to_hub("me/adapter")
 
 
 def push_head_beside_its_backbone():
@@ -178,8 +187,9 @@ def load_head():
     return {"same": same, "generation": [generation.tokens_per_step, generation.do_sample]}
 
 
-def load_head_beside_its_backbone():
-    return equals(AutoModel.from_pretrained("me/beside", cache_dir="beside"), "beside")
+def load_others():
+    """A head that names its backbone `../base`, and one with a LoRA in it."""
+    return {name: equals(AutoModel.from_pretrained(f"me/{name}", cache_dir=name), name) for name in OTHERS}
 
 
 def load_revisions():
@@ -208,11 +218,8 @@ def load_private_without_token():
 
 
 def load_private_by_auto_class_without_token():
-    token = os.environ.pop("HF_TOKEN")
-    try:
+    with mock.patch.dict(os.environ, HF_TOKEN=""):
         AutoModelForCausalLM.from_pretrained("me/merged", cache_dir="refused")
-    finally:
-        os.environ["HF_TOKEN"] = token
 
 
 def load_private_as_somebody_else():
@@ -272,7 +279,7 @@ def load_while_the_hub_is_down():
 
 
 def load_and_run_the_card():
-    exec(re.search(r"```python\n(.*?)```", readme("me/head"), re.DOTALL)[1], variables := {})
+    exec(re.findall(r"```python\n(.*?)```", readme("me/head"), re.DOTALL)[0], variables := {})
     return equals(variables["model"], "head") and len(variables["ids"][0])
 
 

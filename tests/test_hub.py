@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import hub_client
@@ -17,7 +18,7 @@ import yaml
 from conftest import make_llama, make_tokenizer
 from hub_server import HubServer
 
-TESTS = Path(__file__).parent
+CLIENT = Path(__file__).with_name("hub_client.py")
 
 
 def steps(kind: str) -> list[str]:
@@ -41,32 +42,34 @@ def hub():
         yield hub
 
 
-def run(hub: HubServer, folder: Path, names: list[str]) -> dict:
-    """What these steps of hub_client.py reported, run in a process with a fresh `HF_HOME`."""
+def run(hub: HubServer, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Python in a process of its own, with a fresh `HF_HOME`."""
     settings = {
         "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(folder / f"home-of-{names[0]}"),
+        "HF_HOME": tempfile.mkdtemp(prefix="home-", dir=folder),
         "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": "hf_me",
-        "PYTHONPATH": str(TESTS.parent),
+        "PYTHONPATH": str(CLIENT.parent.parent),
         "NO_PROXY": "127.0.0.1",
     }
     dropped = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN_PATH")
     environment = {k: v for k, v in os.environ.items() if k not in dropped} | settings
-    command = [sys.executable, str(TESTS / "hub_client.py"), *names]
+    command = [sys.executable, *arguments]
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
-    return json.loads((folder / "found.json").read_text()) | {"stderr": ran.stderr}
+    return ran
 
 
 @pytest.fixture(scope="module")
 def pushed(hub, folder):
-    return run(hub, folder, steps("push_"))
+    ran = run(hub, folder, str(CLIENT), *steps("push_"))
+    return json.loads((folder / "found.json").read_text()) | {"stderr": ran.stderr}
 
 
 @pytest.fixture(scope="module")
 def loaded(hub, folder, pushed):
-    return run(hub, folder, steps("load_"))
+    ran = run(hub, folder, str(CLIENT), *steps("load_"))
+    return json.loads((folder / "found.json").read_text()) | {"stdout": ran.stdout}
 
 
 def refusal(report: dict, error: str = "ValueError") -> str:
@@ -181,7 +184,14 @@ def test_a_head_comes_back_with_its_pinned_backbone(hub, folder, loaded):
 def test_a_head_beside_its_backbone(hub, loaded):
     assert json.loads(hub.repos["me/beside"].files()["config.json"])["base_model_name_or_path"] == "../base"
     assert card_of(hub.repos["me/beside"].files())[0]["base_model"] == "me/base"
-    assert loaded["load_head_beside_its_backbone"]["result"] is True
+    assert loaded["load_others"]["result"]["beside"] is True
+
+
+def test_a_head_with_an_adapter(hub, loaded):
+    files = hub.repos["me/adapter"].files()
+    assert {"base_adapter/adapter_config.json", "base_adapter/adapter_model.safetensors"} <= set(files)
+    assert "a LoRA adapter of the base model" in card_of(files)[1]
+    assert loaded["load_others"]["result"]["adapter"] is True
 
 
 def test_revisions_of_a_head(loaded):
@@ -252,3 +262,9 @@ def test_decoding_defaults_that_cannot_be_fetched_are_an_error(loaded):
 
 def test_the_code_in_the_card_runs(loaded):
     assert loaded["load_and_run_the_card"]["result"] == 3 + 8
+
+
+def test_the_code_in_the_card_runs_without_the_package(hub, folder, loaded):
+    code = re.findall(r"```python\n(.*?)```", card_of(hub.repos["me/head"].files())[1], re.DOTALL)[1]
+    ran = run(hub, folder, "-c", f"import sys\nsys.modules['dsc_hf'] = None  # as if not installed\n{code}")
+    assert ran.stdout == loaded["stdout"] and ran.stdout.strip()

@@ -8,6 +8,7 @@ import yaml
 from conftest import make_bert, make_llama, make_model
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import RemoteEntryNotFoundError
+from peft import LoraConfig
 from transformers.utils.hub import create_and_tag_model_card
 
 from dsc_hf import DSCForMaskedDiffusion
@@ -48,7 +49,7 @@ def test_header_of_a_head(on_hub):
         "base_model": "org/base",
         "base_model_relation": "adapter",
         "datasets": ["org/data"],
-        "tags": ["diffusion", "masked-diffusion", "self-correction", "dsc", "mine"],
+        "tags": ["diffusion", "masked-diffusion", "self-correction", "dsc", "custom_code", "mine"],
     }
 
 
@@ -99,11 +100,10 @@ def test_a_folder_that_looks_like_a_hub_id_is_local(model, tmp_path, monkeypatch
 
 
 def test_remote_code_is_tagged_and_explained_only_if_it_is_there(on_hub):
-    without, with_code = make_model_card(on_hub, "me/it"), make_model_card(on_hub, "me/it", remote_code=True)
+    without, with_code = make_model_card(on_hub, "me/it", remote_code=False), make_model_card(on_hub, "me/it")
     assert "custom_code" not in without.data.tags and "trust_remote_code" not in without.text
     assert "custom_code" in with_code.data.tags and len(code_blocks(with_code)) == 2
-    on_hub.config.auto_map = {"AutoModel": "modeling_dsc.DSCForMaskedDiffusion"}
-    assert str(make_model_card(on_hub, "me/it")) == str(with_code)
+    assert "import dsc_hf" not in code_blocks(with_code)[1]
 
 
 # Body
@@ -213,6 +213,29 @@ def test_the_code_runs(tokenizer, tmp_path, monkeypatch, capsys, kind):
     exec(code_blocks(card)[0].replace("path/of/the/base/model", "me/base"), {})
     ids = model.generate(**tokenizer("abc", return_tensors="pt"))
     assert capsys.readouterr().out == tokenizer.decode(ids[0, 3:], skip_special_tokens=True) + "\n"
+
+
+def test_code_for_a_base_that_is_a_folder_takes_the_package(model):
+    (code,) = code_blocks(make_model_card(model, "me/it"))
+    assert "load_backbone(" in code and "trust_remote_code" not in code
+
+
+def test_code_for_a_base_that_brings_code(on_hub, monkeypatch):
+    monkeypatch.setattr(type(on_hub.backbone), "is_custom_code", lambda self: True)
+    code = code_blocks(make_model_card(on_hub, "me/it"))[0]
+    assert 'from_pretrained("me/it", trust_remote_code=True)' in code
+    on_hub.config.base_model_name_or_path = None
+    code = code_blocks(make_model_card(on_hub, "me/it"))[0]
+    backbone = 'load_backbone("path/of/the/base/model", trust_remote_code=True)'
+    assert f'from_pretrained("me/it", backbone={backbone}, trust_remote_code=True)' in code
+
+
+def test_an_adapter_is_named():
+    backbone = make_llama()
+    backbone.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    assert (
+        "correction head and a LoRA adapter of the base model, without" in make_model_card(make_model(backbone)).text
+    )
 
 
 # Whose card it is
