@@ -35,8 +35,8 @@ def outputs(model) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assert_bit_equal(first, second):
-    """The backbone gives the same bits and the head has the same weights. (Its own sums may differ in the last bit with
-    the alignment of the weights in memory.)"""
+    """The backbone gives the same bits and the head has the same weights. (The head's sums may differ in the last bit
+    with the alignment of its weights in memory.)"""
     (logits, errors), (logits_again, errors_again) = outputs(first), outputs(second)
     assert torch.equal(logits, logits_again)
     weights, again = first.correction_head.state_dict(), second.correction_head.state_dict()
