@@ -9,7 +9,7 @@ DEPTHS = ("num_hidden_layers", "n_layers", "n_blocks", "n_layer", "num_layers", 
 """Config fields that say how many blocks there are, in the order in which they are believed."""
 
 
-def find_blocks(model: nn.Module) -> nn.ModuleList:
+def transformer_blocks(model: nn.Module) -> nn.ModuleList:
     """The list of a model's transformer blocks.
 
     It is the first list of modules as long as the config says. If no field of the config gives a depth, it is the
@@ -30,10 +30,10 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
         alike = [blocks for blocks in outer if len({type(block) for block in blocks}) == 1]
         if alike:
             return max(alike, key=len)
-    said = ", ".join(f"`{name}={depth}`" for name, depth in depths.items()) or "no depth"
+    said = ", ".join(f"`{name}={depth}`" for name, depth in depths.items()) or "a depth its config gives"
     raise ValueError(
-        f"{type(model).__name__} has no list of blocks to take hidden states from: its config says {said}, its module "
-        f"lists have the lengths {[len(blocks) for blocks in lists.values()]}."
+        f"{type(model).__name__} has no list of {said} blocks to take hidden states from; its module lists have the "
+        f"lengths {[len(blocks) for blocks in lists.values()]}."
     )
 
 
@@ -55,4 +55,4 @@ def embedding_count(model: PreTrainedModel) -> int:
     return size
 
 
-__all__ = ["embedding_count", "find_blocks"]
+__all__ = ["embedding_count", "transformer_blocks"]

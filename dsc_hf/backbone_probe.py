@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .backbone_forward import run_backbone
-from .backbone_parts import embedding_count, find_blocks
+from .backbone_parts import embedding_count, transformer_blocks
 
 logger = logging.get_logger(__name__)
 
@@ -247,7 +247,7 @@ def block_width(model: PreTrainedModel) -> tuple[int, int]:
     Raises:
         `ValueError`: a forward hook can't take hidden states from them.
     """
-    blocks, seen, ids = find_blocks(model), {}, probe_ids(model)
+    blocks, seen, ids = transformer_blocks(model), {}, probe_ids(model)
 
     def look(block, arguments, output):
         seen[block] = output[0] if isinstance(output, tuple) else output

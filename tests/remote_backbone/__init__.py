@@ -1,12 +1,15 @@
 """A remote-code backbone of our own: `write_remote_backbone` saves it as a Hub checkpoint would be, with one fault or
 peculiarity of those that were met in real ones."""
 
+import contextlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import dynamic_module_utils
 
 from .configuration_toy import ToyConfig
 from .modeling_toy import ToyForMaskedLM
@@ -125,6 +128,13 @@ def build(self, config, __init__=ToyForMaskedLM.__init__):
 
 ToyForMaskedLM.__init__ = build
 """,
+    # MDLM's are a bare parameter
+    "hidden embeddings": """
+def hide(self):
+    raise NotImplementedError("hidden")
+
+ToyForMaskedLM.get_input_embeddings = hide
+""",
     "missing config attribute": """
 def build(self, config, __init__=ToyForMaskedLM.__init__):
     self.use_flash = config.flash_attention_of_2023
@@ -238,4 +248,23 @@ def _save(folder: Path, weights: dict[str, torch.Tensor], shards: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-__all__ = ["CODE", "ToyConfig", "ToyForMaskedLM", "write_remote_backbone"]
+@contextlib.contextmanager
+def own_modules_cache(folder):
+    """Copy the code of checkpoints into a folder of the test run, not into the user's cache, and forget it after."""
+    saved, dynamic_module_utils.HF_MODULES_CACHE = dynamic_module_utils.HF_MODULES_CACHE, str(folder)
+    earlier = _forget_modules()
+    try:
+        yield
+    finally:
+        dynamic_module_utils.HF_MODULES_CACHE = saved
+        sys.path[:] = [path for path in sys.path if path != str(folder)]
+        _forget_modules()
+        sys.modules.update(earlier)
+
+
+def _forget_modules() -> dict:
+    names = [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+__all__ = ["CODE", "ToyConfig", "ToyForMaskedLM", "own_modules_cache", "write_remote_backbone"]
