@@ -150,7 +150,7 @@ def probe_backbone(
     if changed := sorted(key for key in buffers if not torch.equal(found[key], buffers[key])):
         raise ValueError(f"{len(changed)} buffers of {kind} differ between two loads, as {changed[0]}. {advice}")
     second = read_logits(model, ids)
-    if not close_enough(second, first, model.dtype, same_inputs=True):
+    if not close_enough(model, second, first, same_inputs=True):
         raise ValueError(
             f"Two loads of {name!r} give different logits for the same ids, off by up to "
             f"{(second - first).abs().max():.2g} (their spread is {first.std():.2g}). {advice}"
@@ -176,6 +176,8 @@ def refuse_crashes(name: str, written_for: str | None) -> Iterator[None]:
             raise ValueError(f"The weights of {name!r} are corrupt ({error}); fetch them again.") from error
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
             raise ValueError(f"The weights of {name!r} do not fit its config.json: {error}") from error
+        if "attn_implementation" in str(error) or "attention implementation" in str(error):
+            raise ValueError(f"The code of {name!r} can't be used with this `attn_implementation`: {error}") from error
         raise ValueError(
             f"The code of the checkpoint {name!r} stopped while it was loaded with {type(error).__name__}: {error}. "
             f"{_advice(written_for)}"

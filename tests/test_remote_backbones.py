@@ -202,6 +202,11 @@ def test_bfloat16_and_an_own_config(folder):
     assert model.config.padding_mask == "4d_bool" and model.config is not config
 
 
+def test_an_attention_implementation_that_the_code_lacks_is_named(folder):
+    message = refusal(write_remote_backbone(folder), attn_implementation="sdpa")
+    assert "can't be used with this `attn_implementation`" in message and "another version" not in message
+
+
 @pytest.mark.parametrize("switches, said", [({"padding": "ignored"}, "2d: logits change with"), ({}, None)])
 def test_unsupported_padding_is_warned_of(switches, said, folder, caplog):
     path = write_remote_backbone(folder, **switches)

@@ -2,6 +2,7 @@
 peculiarity of those that were met in real ones."""
 
 import contextlib
+import gc
 import json
 import shutil
 import sys
@@ -250,12 +251,15 @@ def _save(folder: Path, weights: dict[str, torch.Tensor], shards: int) -> None:
 
 @contextlib.contextmanager
 def own_modules_cache(folder):
-    """Copy the code of checkpoints into a folder of the test run, not into the user's cache, and forget it after."""
+    """Copy the code of checkpoints into a folder of the test run, not into the user's cache, and forget it after.
+    What is imported by now is kept out of garbage collections, of which the probe makes one a load."""
+    gc.freeze()
     saved, dynamic_module_utils.HF_MODULES_CACHE = dynamic_module_utils.HF_MODULES_CACHE, str(folder)
     earlier = _forget_modules()
     try:
         yield
     finally:
+        gc.unfreeze()
         dynamic_module_utils.HF_MODULES_CACHE = saved
         sys.path[:] = [path for path in sys.path if path != str(folder)]
         _forget_modules()
