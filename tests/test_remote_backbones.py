@@ -91,7 +91,7 @@ WRONG = {
     "other names": ({"code": "other names"}, "36 weights of the checkpoint's files are nowhere"),
     "differs at every load": ({"code": "noise of the first forward"}, "Two loads of .* different logits"),
     "differs at every forward": ({"code": "noise in the forward"}, "other logits .* at every forward"),
-    "causal": ({"attention": "causal"}, "is causal: changing token 15 of 16 changes no logits before position 15"),
+    "causal": ({"attention": "causal"}, "is causal: changing tokens 8 to 15 does not change the logits of token 0"),
     "blocks of 4": ({"attention": "block", "block_length": 4}, "blocks are 4 long.*attention_block_length"),
     "blocks of 5": ({"attention": "block", "block_length": 5}, "blocks are 5 long"),
     "blocks of 32": ({"attention": "block", "block_length": 32}, "blocks are 32 long"),
@@ -193,13 +193,37 @@ def test_the_loaded_model_computes_what_was_saved(folder):
     assert torch.equal(load(path)(ids).logits, expected(ids).logits)
 
 
-def test_bfloat16_and_an_own_config(folder):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_probed_as_surely(dtype, tmp_path):
+    forms = {"2d": "2d", "4d_bool": "4d_bool", "4d_additive": "4d_additive", "ignored": "none"}
+    for padding, form in forms.items():
+        model = load(write_remote_backbone(tmp_path / padding, padding=padding, hidden_size=64), dtype=dtype)
+        assert (model.dtype, model.config.padding_mask) == (dtype, form)
+    absolute = write_remote_backbone(tmp_path / "absolute", positions="absolute", code="no position ids")
+    assert load(absolute, dtype=dtype).config.padding_mask == "none"
+    assert "is causal" in refusal(write_remote_backbone(tmp_path / "causal", attention="causal"), dtype=dtype)
+    blocks = {"attention": "block", "block_length": 32}
+    assert "blocks are 32 long" in refusal(write_remote_backbone(tmp_path / "blocks", **blocks), dtype=dtype)
+    noise = write_remote_backbone(tmp_path / "noise", code="noise of the first forward")
+    assert "Two loads" in refusal(noise, dtype=dtype)
+
+
+def test_quantised_weights_are_probed_too(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    kwargs = {"quantization_config": config, "device_map": "cpu"}
+    model = load(write_remote_backbone(tmp_path / "good", hidden_size=64), **kwargs)
+    assert model.layers[0].out.weight.dtype == torch.int8
+    causal = write_remote_backbone(tmp_path / "causal", attention="causal", hidden_size=64)
+    assert "is causal" in refusal(causal, **kwargs)
+
+
+def test_an_own_config_is_used_and_left_as_it_is(folder):
     path = write_remote_backbone(folder)
-    assert load(path, dtype=torch.bfloat16).dtype == torch.bfloat16
     config = load(path).config
-    config.padding = "4d_bool"
-    model = load(path, config=config)
-    assert model.config.padding_mask == "4d_bool" and model.config is not config
+    config.padding, config.padding_mask = "4d_bool", None
+    assert load(path, config=config).config.padding_mask == "4d_bool"
+    assert config.padding_mask is None
 
 
 def test_an_attention_implementation_that_the_code_lacks_is_named(folder):
