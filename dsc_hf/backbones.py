@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -126,7 +127,7 @@ def _raw_config(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 def _family_config(name: str, family: Family, raw: dict[str, Any]) -> PreTrainedConfig:
     try:
         config = family.config(raw)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"The {family.name} checkpoint {name!r} can't be used: {error}") from error
     stock = config.__class__.__name__.removesuffix("Config")
     config.architectures = [f"{stock}ForCausalLM"]
@@ -151,7 +152,7 @@ def readable_errors(what: str, name: str) -> Iterator[None]:
         raise ValueError(
             f"The {what} {name!r} could not be read: {error} Check the path or Hub id, or pass a loaded model."
         ) from error
-    except RuntimeError as error:
+    except (RuntimeError, StrictDataclassError) as error:
         raise ValueError(f"The {what} {name!r} does not fit its config.json: {error}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
@@ -261,21 +262,16 @@ def check_token_id(model: PreTrainedModel, name: str, token_id: int) -> int:
     return token_id
 
 
-def find_tokenizer(
-    name_or_path: str, trust_remote_code: bool = False, **kwargs: Any
-) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside a backbone, or None if there is none. Dream's own class, which is remote code, is a copy of
     Qwen2's, which is taken instead."""
+    kwargs.setdefault("trust_remote_code", False)  # else transformers asks on the terminal
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **kwargs)
+        return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
     except (OSError, ValueError, KeyError) as error:
-        if "trust_remote_code" not in str(error) or not _is_dream(name_or_path, kwargs):
+        if "trust_remote_code" not in str(error) or _raw_config(name_or_path, kwargs).get("model_type") != "Dream":
             return None
     return Qwen2Tokenizer.from_pretrained(name_or_path, **kwargs)
-
-
-def _is_dream(name: str, kwargs: dict[str, Any]) -> bool:
-    return _raw_config(name, kwargs).get("model_type") in ("Dream", "dream")
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

@@ -142,10 +142,10 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         name = None if isinstance(backbone, PreTrainedModel) else os.fspath(backbone)
         revision = kwargs.get("revision")
         if name is not None:
+            model = load_backbone(name, **kwargs)
             if tokenizer is None:
                 where = {k: kwargs[k] for k in (*LOCATION_ARGUMENTS, "trust_remote_code") if k in kwargs}
                 tokenizer = find_tokenizer(name, **where)
-            model = load_backbone(name, **kwargs)
         elif kwargs:
             raise ValueError(f"`{next(iter(kwargs))}` can't be applied to a backbone that is already loaded.")
         else:
