@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .backbone_forward import run_backbone
 from .backbone_parts import embedding_count, transformer_blocks
+from .probe_readings import (
+    LENGTH,
+    ROWS,
+    allowed_ids,
+    close_enough,
+    first_reached,
+    probe_ids,
+    reached_positions,
+    read_logits,
+)
 
 logger = logging.get_logger(__name__)
 
-ROWS, LENGTH, PADDING = 2, 16, 5
+PADDING = 5
+"""Tokens of padding in one of two short rows."""
 LONG = 128
 """Tokens of the one row that tells full attention from long blocks."""
 KNOWN_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "timesteps")
@@ -52,105 +60,6 @@ class BackboneProbe:
         )
 
 
-def probe_ids(model: PreTrainedModel, rows: int = ROWS, length: int = LENGTH, seed: int = 0) -> torch.LongTensor:
-    """Random ids `(rows, length)` that the model embeds, none of them its mask or padding, the same at every call.
-
-    Raises:
-        `ValueError`: too few ids are left.
-    """
-    tokens = _allowed_ids(model)
-    chosen = torch.randint(len(tokens), (rows, length), generator=torch.Generator().manual_seed(seed))
-    return tokens[chosen].to(model.device)
-
-
-def _allowed_ids(model: PreTrainedModel) -> torch.LongTensor:
-    config = model.config.get_text_config()
-    special = {getattr(config, "mask_token_id", None), getattr(config, "pad_token_id", None)}
-    size = min(embedding_count(model), getattr(config, "vocab_size", None) or embedding_count(model))
-    tokens = torch.tensor([i for i in range(size) if i not in special])
-    if len(tokens) < 2:
-        raise ValueError(f"{type(model).__name__} embeds {size} ids, which leaves none to probe it with.")
-    return tokens
-
-
-def read_logits(
-    model: PreTrainedModel,
-    input_ids: torch.LongTensor,
-    form: str = "none",
-    attention_mask: torch.LongTensor | None = None,
-    position_ids: torch.LongTensor | None = None,
-) -> torch.Tensor:
-    """Logits `(B, L, V)` in float32 on the CPU, as decoding would get them; ids that are nowhere predicted (-inf in
-    every position, as MDLM's mask token) count as 0.
-
-    Raises:
-        `ValueError`: the code stopped, or its output is no finite logits.
-    """
-    try:
-        with torch.no_grad():
-            logits, _ = run_backbone(
-                model, SimpleNamespace(padding_mask=form), input_ids, attention_mask, position_ids
-            )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"The code of {type(model).__name__} stopped in its forward on {tuple(input_ids.shape)} random ids with "
-            f"{type(error).__name__}: {error}. It may be written for another version of transformers than "
-            f"{transformers.__version__}: ask its authors, or install the version it was written for."
-        ) from error
-    shape = getattr(logits, "shape", ())
-    if len(shape) != 3 or shape[:2] != input_ids.shape or not logits.is_floating_point():
-        raise ValueError(
-            f"{type(model).__name__} returned {tuple(shape)} {getattr(logits, 'dtype', type(logits).__name__)} for "
-            f"{tuple(input_ids.shape)} ids, not floating-point logits (B, L, V)."
-        )
-    logits = logits.float().cpu()
-    logits = logits.masked_fill((logits == -torch.inf).all(dim=(0, 1)), 0.0)
-    if not logits.isfinite().all():
-        raise ValueError(
-            f"{int((~logits.isfinite()).sum())} of the {logits.numel()} logits that {type(model).__name__} gives for "
-            "random ids are not finite. Fetch the checkpoint again, try another `dtype`, or ask its authors."
-        )
-    return logits
-
-
-def close_enough(
-    model: PreTrainedModel, logits: torch.Tensor, expected: torch.Tensor, same_inputs: bool = False
-) -> bool:
-    """Whether two sets of a model's logits are the same up to its rounding through many layers.
-
-    Args:
-        model (`PreTrainedModel`): that gave them.
-        logits (`torch.Tensor`), expected (`torch.Tensor`): of one shape.
-        same_inputs (`bool`): they come from inputs of the same shape, masks included, and so from the same kernels.
-    """
-    difference, spread = logits - expected, expected.std()
-    if _is_coarse(model):  # single logits may be far off where attention is sharp
-        return bool(difference.square().mean().sqrt() <= (0.01 if same_inputs else 0.1) * spread)
-    return bool(difference.abs().max() <= (1e-5 if same_inputs else 1e-4) * spread)
-
-
-def _is_coarse(model: PreTrainedModel) -> bool:
-    return model.dtype not in (torch.float32, torch.float64) or getattr(model, "hf_quantizer", None) is not None
-
-
-def reached_positions(
-    model: PreTrainedModel, input_ids: torch.LongTensor, changed: int | slice, **inputs
-) -> torch.LongTensor:
-    """Positions whose logits change, beyond rounding, with the tokens at the positions `changed`."""
-    other, tokens = input_ids.clone(), _allowed_ids(model)
-    other[:, changed] = torch.where(other[:, changed] == tokens[0], tokens[-1], tokens[0])
-    logits = read_logits(model, input_ids, **inputs)
-    difference = (logits - read_logits(model, other, **inputs)).abs().amax(dim=(0, 2))
-    return (difference > (0.05 if _is_coarse(model) else 1e-6) * logits.std()).nonzero()[:, 0]
-
-
-def first_reached(model: PreTrainedModel, input_ids: torch.LongTensor, changed: int) -> int:
-    """The first of [`reached_positions`]; L if there is none."""
-    return next(iter(reached_positions(model, input_ids, changed).tolist()), input_ids.shape[1])
-
-
 def refuse_causal(model: PreTrainedModel) -> None:
     """Raise a `ValueError` unless every token sees those on both sides of it."""
     config, name = model.config.get_text_config(), type(model).__name__
@@ -172,8 +81,8 @@ def refuse_causal(model: PreTrainedModel) -> None:
         if is_block or length == LENGTH:  # else a window, which is shorter than the long row
             raise ValueError(
                 f"{name} is causal: changing tokens {length // 2} to {length - 1} does not change the logits of token "
-                "0. A masked diffusion LM sees both sides of a mask. If this one was trained to, its code has a switch "
-                "for it: set that in config.json."
+                "0. A masked diffusion LM sees both sides of a mask. If this one was trained to, its code may have a "
+                "switch for it: set that in config.json."
             )
     ids = probe_ids(model)
     if LENGTH - 1 not in reached_positions(model, ids, slice(0, LENGTH // 2)):
@@ -292,7 +201,7 @@ def probe_behaviour(model: PreTrainedModel, tensors: int = 0) -> BackboneProbe:
         )
     num_layers, hidden_size = block_width(model)
     vocab_size, embedded = logits.shape[-1], embedding_count(model)
-    if vocab_size != embedded and (vocab_size == hidden_size or vocab_size < len(_allowed_ids(model))):
+    if vocab_size != embedded and (vocab_size == hidden_size or vocab_size < len(allowed_ids(model))):
         raise ValueError(
             f"{type(model).__name__} embeds {embedded} ids and returns {vocab_size} numbers a token: no logits. If "
             "its code has a class with an LM head, name that in the `auto_map` of config.json."
@@ -301,4 +210,4 @@ def probe_behaviour(model: PreTrainedModel, tensors: int = 0) -> BackboneProbe:
     return BackboneProbe(padding_form(model), num_layers, hidden_size, vocab_size, tensors)
 
 
-__all__ = ["BackboneProbe", "probe_behaviour", "probe_ids", "read_logits"]
+__all__ = ["BackboneProbe", "probe_behaviour"]

@@ -20,7 +20,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
-from .backbone_probe import BackboneProbe, close_enough, probe_behaviour, probe_ids, read_logits
+from .backbone_probe import BackboneProbe, probe_behaviour
 from .backbone_weights import (
     check_weights,
     uninitialised_memory_is_nan,
@@ -28,6 +28,7 @@ from .backbone_weights import (
     unset_buffers,
     weight_files,
 )
+from .probe_readings import close_enough, probe_ids, read_logits
 
 logger = logging.get_logger(__name__)
 

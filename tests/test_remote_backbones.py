@@ -59,6 +59,8 @@ GOOD = {
     "timesteps of MDLM": ({"code": "timesteps that may be None"}, "none"),
     "hidden embeddings": ({"code": "hidden embeddings"}, "2d"),
     "mask logit at -inf": ({"code": "mask logit at -inf"}, "2d"),
+    "mask logit at -1e6": ({"code": "mask logit at -1e6"}, "2d"),
+    "mask logit at -1e6, no masks": ({"code": "mask logit at -1e6", "padding": "ignored"}, "none"),
     "shards": ({"shards": 3}, "2d"),
     "tied": ({"code": "tied", "drop": "lm_head.weight", "config": {"tie_word_embeddings": True}}, "2d"),
     "old file with frequencies": ({"extra": "layers.0.rotary_emb.inv_freq"}, "2d"),

@@ -78,6 +78,12 @@ def forward(self, input_ids, attention_mask=None):
     output.logits[..., self.config.mask_token_id] = -float("inf")
     return output
 """,
+    "mask logit at -1e6": """
+def forward(self, input_ids, attention_mask=None):
+    output = self.logits(self.embed(input_ids), attention_mask)
+    output.logits[..., self.config.mask_token_id] -= 1e6
+    return output
+""",
     "hidden states only": """
 def forward(self, input_ids, attention_mask=None):
     x = self.embed(input_ids)
