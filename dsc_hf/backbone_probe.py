@@ -99,7 +99,7 @@ def padding_form(model: PreTrainedModel) -> str:
     seen = {}
     if any(a.name == "attention_mask" or a.kind is a.VAR_KEYWORD for a in arguments):
         for form in ("2d", "4d_additive", "4d_bool"):
-            seen[form] = _why_not(model, form)
+            seen[form] = why_not(model, form)
             if seen[form] is None:
                 return form
     logger.warning(
@@ -110,7 +110,7 @@ def padding_form(model: PreTrainedModel) -> str:
     return "none"
 
 
-def _why_not(model: PreTrainedModel, form: str) -> str | None:
+def why_not(model: PreTrainedModel, form: str) -> str | None:
     """What is wrong with a model's logits under a form of padding mask, or None."""
     ids, attention_mask = probe_ids(model), torch.ones(ROWS, LENGTH, dtype=torch.long, device=model.device)
     positions = attention_mask.cumsum(1) - 1
@@ -210,4 +210,4 @@ def probe_behaviour(model: PreTrainedModel, tensors: int = 0) -> BackboneProbe:
     return BackboneProbe(padding_form(model), num_layers, hidden_size, vocab_size, tensors)
 
 
-__all__ = ["BackboneProbe", "probe_behaviour"]
+__all__ = ["BackboneProbe", "probe_behaviour", "why_not"]

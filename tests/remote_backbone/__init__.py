@@ -78,10 +78,10 @@ def forward(self, input_ids, attention_mask=None):
     output.logits[..., self.config.mask_token_id] = -float("inf")
     return output
 """,
-    "mask logit at -1e6": """
+    "mask logit at -1e9": """
 def forward(self, input_ids, attention_mask=None):
     output = self.logits(self.embed(input_ids), attention_mask)
-    output.logits[..., self.config.mask_token_id] -= 1e6
+    output.logits[..., self.config.mask_token_id] = -1e9
     return output
 """,
     "hidden states only": """
