@@ -4,6 +4,7 @@ all."""
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import posixpath
 import shutil
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import logging
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
 
 from .backbones import LOCATION_ARGUMENTS, freeze, load_backbone, readable_errors, refuse_incomplete
 from .configuration_dsc import DSCConfig
@@ -62,7 +64,7 @@ class DSCCheckpointMixin:
         trust_remote_code = bool(kwargs.pop("trust_remote_code", False))
         where = {k: kwargs[k] for k in LOCATION_ARGUMENTS if k in kwargs}
         with readable_errors("checkpoint", name):
-            if not isinstance(config, DSCConfig):
+            if not isinstance(config, PreTrainedConfig):
                 config = DSCConfig.from_pretrained(config or name, **where)
             _refuse_incomplete_config(name, config)
             head_kwargs = dict(kwargs)
@@ -128,7 +130,7 @@ class DSCCheckpointMixin:
             with self._config_for_saving(merge):
                 super().save_pretrained(aside, **kwargs)
                 if self.config.base_adapter is not None:
-                    self.backbone.save_pretrained(aside / self.config.base_adapter)
+                    _save_adapter(self.backbone, aside / self.config.base_adapter)
                 _copy_code(type(self), aside)
             files = [path for path in aside.rglob("*") if path.is_file()]
             for path in sorted(files, key=lambda path: path.suffix == ".json"):  # weights before configs
@@ -200,6 +202,19 @@ def _refuse_incomplete_config(name: str, config: DSCConfig) -> None:
     missing = [field for field in needed if getattr(config, field) is None]
     if missing:
         raise ValueError(f"The config of {name!r} lacks `{missing[0]}`: it is no checkpoint of dsc_hf; save it again.")
+
+
+def _save_adapter(backbone: PreTrainedModel, folder: Path) -> None:
+    """Save the backbone's active adapter as peft does. (transformers' own way reads the original config.json again,
+    which a stock config class can't.)"""
+    peft = importlib.import_module("peft")  # needed here only
+    (adapter,) = backbone.active_adapters()
+    weights = peft.get_peft_model_state_dict(backbone, adapter_name=adapter, save_embedding_layers=False)
+    folder.mkdir()
+    save_file(
+        {f"base_model.model.{k}": v.contiguous() for k, v in weights.items()}, folder / ADAPTER_SAFE_WEIGHTS_NAME
+    )
+    backbone.peft_config[adapter].save_pretrained(folder)
 
 
 def _load_adapter(backbone: PreTrainedModel, name: str, folder: str, where: dict[str, Any]) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
 
 import torch
 from torch import nn
 
-SAMPLED_TENSORS, SAMPLED_NUMBERS = 12, 64
+SAMPLED_NUMBERS = 64
 
 
 def backbone_fingerprint(backbone: nn.Module) -> dict[str, Any]:
-    """Number of parameters, and hashes of shape and some numbers of a few weights.
+    """Number of parameters, and hashes of shape and some numbers of one weight of each kind, at different depths.
 
     The numbers are rounded to bfloat16, so that the fingerprint is that of the checkpoint, whether it was loaded in
     fp32 or bf16. Adapters don't count.
@@ -21,12 +22,15 @@ def backbone_fingerprint(backbone: nn.Module) -> dict[str, Any]:
         `dict`: `parameters` (int), `dtype` (str) and `samples`, the name of each sampled weight to its hash.
     """
     weights = _own_parameters(backbone)
-    names = [name for name in sorted(weights) if _is_readable(weights[name])]
-    step = max(1, len(names) // SAMPLED_TENSORS)
+    kinds: dict[str, list[str]] = {}
+    for name, weight in weights.items():
+        if _is_readable(weight):
+            kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
+    sampled = [names[i % len(names)] for i, names in enumerate(kinds.values())]
     return {
         "parameters": sum(weight.numel() for weight in weights.values()),
         "dtype": str(backbone.dtype).removeprefix("torch."),
-        "samples": {name: _hash(weights[name]) for name in names[::step]},
+        "samples": {name: _hash(weights[name]) for name in sampled},
     }
 
 

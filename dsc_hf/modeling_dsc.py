@@ -90,6 +90,7 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["CorrectionHead"]
+    _keep_in_fp32_modules = ["correction_head"]  # which quantisers skip too
     _keep_in_fp32_modules_strict = ["correction_head"]
 
     def __init__(self, config: DSCConfig):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training_helpers import losses, make_trainer, weights
 
 from dsc_hf.training.base import MuonWithAdamW
@@ -45,6 +46,22 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, kind, muon):
     assert losses(resumed) == pytest.approx(losses(whole), rel=1e-6)
     for name, value in weights(whole.model).items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_checkpoints_hold_the_head_only_and_resume_without_a_warning(tmp_path, caplog, recwarn):
+    arguments = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer("head", tmp_path, max_steps=2, **arguments).train()
+    saved = load_file(tmp_path / "checkpoint-2/model.safetensors")
+    assert saved and all(name.startswith("correction_head.") for name in saved)
+    resumed = make_trainer("head", tmp_path, max_steps=4, **arguments)
+    caplog.clear()
+    recwarn.clear()
+    with caplog.at_level("WARNING", logger="transformers"):
+        resumed.train(resume_from_checkpoint=True)
+    said = [record.getMessage() for record in caplog.records if record.levelname != "INFO"]
+    said += [str(warning.message) for warning in recwarn if "pin_memory" not in str(warning.message)]
+    assert not [text for text in said if "PAD/BOS/EOS" not in text]  # the test's model has no EOS on purpose
+    assert resumed.state.global_step == 4
 
 
 @pytest.mark.parametrize("kind", ["sft", "head"])

@@ -1,0 +1,291 @@
+"""Checkpoints beyond the plain round trip (`test_modeling_dsc.py`): adapters, fingerprints, quantised and placed
+backbones, and code that travels with the weights."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_llama, make_model, make_tokenizer, prompt_ids
+from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from dsc_hf import DSCConfig, DSCForMaskedDiffusion
+from dsc_hf.backbones import load_backbone
+from dsc_hf.fingerprint import backbone_fingerprint, refuse_other_backbone
+
+
+@pytest.fixture
+def saved(backbone_folder, tmp_path):
+    """A model on the backbone in `tmp_path/backbone`, saved head-only in `tmp_path/head`."""
+    model = make_model(load_backbone(str(backbone_folder)))
+    model.save_pretrained(tmp_path / "head")
+    return tmp_path / "head", model
+
+
+def outputs(model) -> tuple[torch.Tensor, torch.Tensor]:
+    result = model(prompt_ids(9, rows=2))
+    return result.logits, result.error_logits
+
+
+def assert_bit_equal(first, second):
+    """The backbone gives the same bits and the head has the same weights. (The head's sums may differ in the last bit
+    with the alignment of its weights in memory.)"""
+    (logits, errors), (logits_again, errors_again) = outputs(first), outputs(second)
+    assert torch.equal(logits, logits_again)
+    weights, again = first.correction_head.state_dict(), second.correction_head.state_dict()
+    assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
+    torch.testing.assert_close(errors, errors_again, rtol=1e-5, atol=1e-5)
+
+
+# LoRA in the backbone
+
+
+def lora(**changes) -> LoraConfig:
+    return LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **changes)
+
+
+@pytest.fixture(params=["PeftModel", "add_adapter"])
+def adapted(request, backbone_folder):
+    """A model whose backbone has a LoRA, given in both ways of having one."""
+    backbone = load_backbone(str(backbone_folder))
+    if request.param == "PeftModel":
+        backbone = get_peft_model(backbone, lora())
+    else:
+        backbone.add_adapter(lora())
+    return make_model(backbone)
+
+
+def test_an_adapter_of_the_backbone_is_kept(adapted, backbone_folder, tmp_path):
+    plain = make_model(load_backbone(str(backbone_folder)))
+    assert (outputs(plain)[0] - outputs(adapted)[0]).abs().max() > 0.1
+    adapted.save_pretrained(tmp_path / "head")
+    assert not (tmp_path / "head/adapter_config.json").exists()  # there AutoModel would take the folder for a LoRA
+    files = {path.name for path in (tmp_path / "head/base_adapter").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors"}
+    loaded = AutoModel.from_pretrained(tmp_path / "head")
+    assert isinstance(loaded, DSCForMaskedDiffusion) and loaded.config.base_adapter == "base_adapter"
+    assert_bit_equal(adapted, loaded)
+    assert not any(parameter.requires_grad for parameter in loaded.backbone.parameters())
+    loaded.save_pretrained(tmp_path / "again")
+    assert_bit_equal(adapted, AutoModel.from_pretrained(tmp_path / "again"))
+
+
+def test_the_head_file_holds_no_adapter(adapted, tmp_path):
+    adapted.save_pretrained(tmp_path)
+    assert all(name.startswith("correction_head.") for name in load_file(tmp_path / "model.safetensors"))
+
+
+def test_adapted_backbones_are_not_merged_silently(adapted, tmp_path):
+    with pytest.raises(ValueError, match="`merge_backbone=True`.*has an adapter.*merge_and_unload"):
+        adapted.save_pretrained(tmp_path / "merged", merge_backbone=True)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_missing_adapter_is_an_error(adapted, tmp_path):
+    adapted.save_pretrained(tmp_path / "head")
+    (tmp_path / "head/base_adapter/adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="head.* could not be read"):
+        DSCForMaskedDiffusion.from_pretrained(tmp_path / "head")
+
+
+def test_a_truncated_adapter_is_an_error(adapted, tmp_path):
+    adapted.save_pretrained(tmp_path / "head")
+    weights = tmp_path / "head/base_adapter/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="corrupt"):
+        DSCForMaskedDiffusion.from_pretrained(tmp_path / "head")
+
+
+def test_prompt_learning_is_refused(backbone_folder):
+    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="prompt-learning adapter"):
+        DSCForMaskedDiffusion.from_backbone(get_peft_model(load_backbone(str(backbone_folder)), config))
+
+
+# Fingerprints
+
+
+def change_weights(folder: Path, change) -> None:
+    path = folder / "model.safetensors"
+    weights = {name: change(name, weight).contiguous() for name, weight in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+
+
+def test_another_backbone_of_the_same_shape_is_refused(saved, backbone_folder):
+    folder, _ = saved
+    change_weights(backbone_folder, lambda name, weight: weight * 1.02)
+    with pytest.raises(ValueError, match="another backbone than the head was trained on: .*sampled weights differ"):
+        DSCForMaskedDiffusion.from_pretrained(folder)
+    with pytest.raises(ValueError, match="another backbone"):
+        DSCForMaskedDiffusion.from_pretrained(folder, backbone=make_llama(seed=5))
+
+
+def test_the_check_can_be_turned_off_for_experiments(saved):
+    folder, _ = saved
+    config = DSCConfig.from_pretrained(folder)
+    config.backbone_fingerprint = None
+    assert DSCForMaskedDiffusion.from_pretrained(folder, config=config, backbone=make_llama(seed=5)).backbone
+
+
+def test_more_layers_inside_are_another_backbone():
+    first, second = make_llama(), make_llama(intermediate_size=64)
+    with pytest.raises(ValueError, match=r"it has [\d,]+ parameters, not [\d,]+"):
+        refuse_other_backbone(second, backbone_fingerprint(first))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_same_backbone_in_another_precision_fits(saved, dtype):
+    folder, _ = saved
+    assert DSCForMaskedDiffusion.from_pretrained(folder, dtype=dtype).dtype == dtype
+
+
+def test_fingerprints_see_every_part_of_a_model():
+    """A change of all weights of one kind is seen, whichever it is."""
+    backbone = make_llama()
+    fingerprint = backbone_fingerprint(backbone)
+    refuse_other_backbone(make_llama(), fingerprint)
+    assert {int(name.split(".")[2]) for name in fingerprint["samples"] if ".layers." in name} == {0, 1, 2}
+    for kind in {name.split(".")[-2] for name, _ in backbone.named_parameters()}:
+        changed = make_llama()
+        with torch.no_grad():
+            for name, parameter in changed.named_parameters():
+                if name.split(".")[-2] == kind:
+                    parameter.mul_(1.02)
+        with pytest.raises(ValueError, match=f"1 of 12 sampled weights differ .*{kind}"):
+            refuse_other_backbone(changed, fingerprint)
+
+
+def test_adapters_do_not_change_the_fingerprint(backbone_folder):
+    backbone = load_backbone(str(backbone_folder))
+    fingerprint = backbone_fingerprint(backbone)
+    backbone.add_adapter(lora())
+    assert backbone_fingerprint(backbone) == fingerprint
+
+
+# Placement and precision, in both kinds of checkpoints
+
+
+@pytest.fixture(params=["head", "merged"])
+def kind(request, saved, tmp_path):
+    folder, model = saved
+    model.save_pretrained(tmp_path / "merged", merge_backbone=True)
+    return tmp_path / request.param, model
+
+
+def test_device_map(kind):
+    folder, model = kind
+    assert_bit_equal(model, AutoModel.from_pretrained(folder, device_map="auto"))
+
+
+def test_attention_reaches_backbone_and_head(kind):
+    folder, _ = kind
+    loaded = AutoModel.from_pretrained(folder, attn_implementation="eager")
+    assert loaded.backbone.config._attn_implementation == "eager"
+    assert loaded.correction_head.layer_config._attn_implementation == "eager"
+
+
+def test_the_heads_precision_is_its_own(kind):
+    folder, _ = kind
+    loaded = AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.backbone.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in loaded.correction_head.parameters()} == {torch.float32}
+    loaded = AutoModel.from_pretrained(folder, head_dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.backbone.parameters()} == {torch.float32}
+    assert {p.dtype for p in loaded.correction_head.parameters()} == {torch.bfloat16}
+
+
+def test_quantised_backbones_keep_their_head(kind):
+    pytest.importorskip("bitsandbytes", reason="8-bit backbones need bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    folder, model = kind
+    loaded = AutoModel.from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    assert type(loaded.backbone.model.layers[0].mlp.up_proj).__name__ == "Linear8bitLt"
+    assert type(loaded.backbone.lm_head) is torch.nn.Linear
+    assert {type(m).__name__ for m in loaded.correction_head.modules() if "Linear" in type(m).__name__} == {"Linear"}
+    assert {p.dtype for p in loaded.correction_head.parameters()} == {torch.float32}
+    error = (outputs(loaded)[0] - outputs(model)[0]).abs().mean() / outputs(model)[0].std()
+    assert 0 < error < 0.3
+    loaded.generate(prompt_ids(), max_new_tokens=4, remasking_score="head")
+
+
+# Code that travels
+
+
+WITHOUT_PACKAGE = """
+    import sys, torch
+
+    class NotInstalled:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == "dsc_hf":
+                raise ImportError("dsc_hf is not installed here")
+
+    sys.meta_path.insert(0, NotInstalled())
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    folder = sys.argv[1]
+    expected = torch.load(folder + "/expected.pt")
+    assert AutoConfig.from_pretrained(folder + "/head", trust_remote_code=True).model_type == "dsc"
+    for kind in ("head", "merged"):
+        for auto in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
+            model = auto.from_pretrained(f"{folder}/{kind}", trust_remote_code=True)
+            assert type(model).__module__.startswith("transformers_modules.")
+            ids = expected["ids"]
+            torch.testing.assert_close(model(ids).logits, expected["logits"])
+            torch.testing.assert_close(model(ids).error_logits, expected["error_logits"])
+            made = model.generate(ids, max_new_tokens=6, remasking_score="head")
+            assert torch.equal(made, expected["generated"])
+        model.save_pretrained(f"{folder}/{kind}-again")
+        AutoModel.from_pretrained(f"{folder}/{kind}-again", trust_remote_code=True)
+    print("all loaded without the package")
+"""
+
+
+def test_checkpoints_load_without_the_package(saved, tmp_path):
+    _, model = saved
+    model.save_pretrained(tmp_path / "merged", merge_backbone=True)
+    ids = prompt_ids()
+    expected = {"ids": ids, "generated": model.generate(ids, max_new_tokens=6, remasking_score="head")}
+    expected |= dict(zip(("logits", "error_logits"), (model(ids).logits, model(ids).error_logits), strict=True))
+    torch.save(expected, tmp_path / "expected.pt")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(WITHOUT_PACKAGE), str(tmp_path)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert "all loaded without the package" in done.stdout, done.stderr[-3000:]
+
+
+def test_the_code_is_only_what_is_needed(saved):
+    """No training, no evaluation, nothing that imports the package by its name."""
+    folder, _ = saved
+    code = {path.name: path.read_text() for path in folder.glob("*.py")}
+    assert {"modeling_dsc.py", "configuration_dsc.py", "correction_head.py", "decoding.py"} <= code.keys()
+    for name, text in code.items():
+        assert not any(word in text for word in ("import dsc_hf", "from dsc_hf", "from .. import")), name
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoConfig"] == "configuration_dsc.DSCConfig"
+    for auto in ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"):
+        assert auto_map[auto] == "modeling_dsc.DSCForMaskedDiffusion"
+
+
+def test_the_installed_package_is_preferred(saved):
+    folder, _ = saved
+    (folder / "modeling_dsc.py").write_text("raise RuntimeError('ran the checkpoint')")
+    for trust in (None, False, True):
+        assert type(AutoModel.from_pretrained(folder, trust_remote_code=trust)) is DSCForMaskedDiffusion
+
+
+def test_tokenizers_may_lie_beside_the_head(saved):
+    folder, model = saved
+    make_tokenizer().save_pretrained(folder)
+    assert_bit_equal(model, AutoModel.from_pretrained(folder))
