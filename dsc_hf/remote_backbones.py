@@ -12,6 +12,7 @@ import copy
 import gc
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def load_remote_backbone(
 ) -> PreTrainedModel:
     """Load a backbone with the code of its checkpoint and probe it.
 
-    What the probe saw is logged; the form of padding mask that the model obeys is set as `config.padding_mask`, and
+    What the probe saw is logged. The padding mask that the model obeys is set as `config.padding_mask`, and
     `num_hidden_layers` and `hidden_size` where the config calls them otherwise.
 
     Args:
@@ -68,35 +69,49 @@ def load_remote_backbone(
     fields = _read_config(name, where)
     auto_map = fields.get("auto_map") or getattr(config, "auto_map", None) or {}
     auto_class = remote_auto_class(name, auto_map)
-    class_reference = auto_map[auto_class]
     if trust_remote_code is not True:
         raise ValueError(
             f"The backbone {name!r} is a {fields.get('model_type', 'model')} whose code comes with the checkpoint "
-            f"({class_reference}) and runs on this machine with your rights. Read it, then ask for it "
-            "with `trust_remote_code=True` (and pin a `revision`)."
+            f"({auto_map[auto_class]}) and runs on this machine with your rights. Read it, then ask for it with "
+            "`trust_remote_code=True` (and pin a `revision`)."
         )
     written_for = fields.get("transformers_version")
-    code = {"code_revision": kwargs.pop("code_revision", None)}
-
-    def load() -> tuple[PreTrainedModel, dict[str, Any]]:
-        with refuse_crashes(name, written_for):
-            own = copy.deepcopy(config)
-            if own is None:
-                own = AutoConfig.from_pretrained(name, trust_remote_code=True, **where, **code)
-            # not by the Auto class, which would take the code of the first checkpoint with the same config class
-            model_class = get_class_from_dynamic_module(class_reference, name, **where, **code)
-            model_class.register_for_auto_class(auto_class)
-            model, info = model_class.from_pretrained(
-                name, config=own, use_safetensors=True, output_loading_info=True, **kwargs
-            )
-        return model.requires_grad_(False).eval(), info
-
+    load = partial(_load, name, auto_class, auto_map[auto_class], config, written_for, **kwargs)
     model, probe = probe_backbone(name, load, written_for, variant=kwargs.get("variant"), **where)
-    model.config.padding_mask = probe.padding_mask
-    for field, value in (("num_hidden_layers", probe.num_layers), ("hidden_size", probe.hidden_size)):
-        if getattr(model.config.get_text_config(), field, None) is None:
-            setattr(model.config.get_text_config(), field, value)
+    _note(model.config, probe)
     return model
+
+
+def _load(
+    name: str,
+    auto_class: str,
+    class_reference: str,
+    config: PreTrainedConfig | None,
+    written_for: str | None,
+    code_revision: str | None = None,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Run the checkpoint's code: a model in eval mode, and what `from_pretrained` said about its weights."""
+    where = {key: kwargs[key] for key in LOCATION if key in kwargs} | {"code_revision": code_revision}
+    with refuse_crashes(name, written_for):
+        config = copy.deepcopy(config)
+        if config is None:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=True, **where)
+        # not by the Auto class, which would take the code of the first checkpoint with the same config class
+        model_class = get_class_from_dynamic_module(class_reference, name, **where)
+        model_class.register_for_auto_class(auto_class)
+        model, info = model_class.from_pretrained(
+            name, config=config, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+    return model.requires_grad_(False).eval(), info
+
+
+def _note(config: PreTrainedConfig, probe: BackboneProbe) -> None:
+    config.padding_mask = probe.padding_mask
+    text_config = config.get_text_config()
+    for field, value in (("num_hidden_layers", probe.num_layers), ("hidden_size", probe.hidden_size)):
+        if getattr(text_config, field, None) is None:
+            setattr(text_config, field, value)
 
 
 def remote_auto_class(name: str, auto_map: dict[str, Any]) -> str:
