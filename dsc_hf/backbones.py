@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from .backbone_forward import position_offset
+from .backbone_parts import embedding_count
 from .families import FAMILIES, Family, find_family
 from .hub_errors import lost_connection, unreadable
 from .remote_backbones import load_remote_backbone
@@ -257,7 +258,7 @@ def token_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
 
 def check_token_id(model: PreTrainedModel, name: str, token_id: int) -> int:
     """Return a token id that the model has an embedding for, or raise a `ValueError` that names it."""
-    size = model.get_input_embeddings().weight.shape[0]
+    size = embedding_count(model)
     if not 0 <= token_id < size:
         raise ValueError(f"`{name}={token_id}` is outside the backbone's {size} embeddings.")
     return token_id
