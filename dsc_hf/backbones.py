@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.utils.hub import resolve_revision
 
 from .backbone_forward import position_offset
 from .backbone_parts import embedding_count
@@ -254,6 +255,14 @@ def token_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
         "bos_token_id": next(iter(values("bos_token_id")), None),
         "token_count": min((count for count in counts if count is not None), default=None),
     }
+
+
+def pinned_revision(name: str, revision: str | None = None, **kwargs: Any) -> str | None:
+    """The commit that a revision of a Hub repository is now, so that a head can name its backbone exactly; the
+    revision as it is where there is none to ask (a folder, no connection)."""
+    where = {k: kwargs[k] for k in ("cache_dir", "local_files_only", "token") if k in kwargs}
+    found = resolve_revision(name, revision=revision, **where)
+    return getattr(found, "resolved", found)
 
 
 def check_token_id(model: PreTrainedModel, name: str, token_id: int) -> int:

@@ -24,6 +24,7 @@ from .backbones import (
     load_backbone,
     mask_token_id_of,
     max_positions,
+    pinned_revision,
     token_ids_of,
     without_peft_wrapper,
 )
@@ -141,8 +142,11 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
             raise ValueError(f"`{unknown[0]}` is no argument of the correction head; see DSCConfig.")
         backbone = without_peft_wrapper(backbone)
         name = None if isinstance(backbone, PreTrainedModel) else os.fspath(backbone)
-        revision = kwargs.get("revision")
+        revision = None
         if name is not None:
+            revision = pinned_revision(name, **kwargs)
+            if revision is not None:
+                kwargs["revision"] = revision
             model = load_backbone(name, **kwargs)
             if tokenizer is None:
                 where = {k: kwargs[k] for k in (*LOCATION_ARGUMENTS, "trust_remote_code") if k in kwargs}

@@ -80,7 +80,10 @@ def push_head():
 
 
 def push_head_to_a_branch():
-    wrapped("branch", 2).push_to_hub("me/head", revision="newest", tags="branched")
+    """Without a revision the backbone's newest commit is pinned."""
+    model = wrapped("branch", 2)
+    model.push_to_hub("me/head", revision="newest", tags="branched")
+    return model.config.base_model_revision
 
 
 def push_head_as_a_pull_request():

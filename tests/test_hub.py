@@ -145,7 +145,7 @@ def test_whose_card_stays(pushed):
     assert cards["first"].startswith("---\nbase_model: me/base\n") and "More Information Needed" not in cards["first"]
     assert cards["tokenizer pushed"] == cards["first"]
     assert "`tokens_per_step` | `7`" in cards["generated again"] and "`3`" in cards["first"]
-    assert 'AutoTokenizer.from_pretrained("me/base")' in cards["first"]
+    assert 'AutoTokenizer.from_pretrained("me/base", revision="' in cards["first"]  # the commit that was wrapped
     assert 'AutoTokenizer.from_pretrained("me/cards")' in cards["generated again"]
     assert "It knows letters only" in cards["edited"] and "\n- new\n" in cards["edited"]
     assert cards["edited, on a branch"] == cards["edited"]
@@ -192,6 +192,11 @@ def test_a_head_with_an_adapter(hub, loaded):
     assert {"base_adapter/adapter_config.json", "base_adapter/adapter_model.safetensors"} <= set(files)
     assert "a LoRA adapter of the base model" in card_of(files)[1]
     assert loaded["load_others"]["result"]["adapter"] is True
+
+
+def test_the_commit_of_the_backbone_is_pinned_where_none_was_named(pushed, folder):
+    pinned = pushed["push_head_to_a_branch"]["result"]
+    assert re.fullmatch("[0-9a-f]{40}", pinned) and pinned != (folder / "first.sha").read_text()
 
 
 def test_revisions_of_a_head(loaded):
