@@ -9,6 +9,7 @@ from .configuration_dsc import DSCConfig
 from .correction_head import CorrectionHead
 from .generation_config_dsc import DSCGenerationConfig
 from .generation_run import DSCGenerationOutput
+from .model_card import make_model_card
 from .modeling_dsc import DSCForMaskedDiffusion, DSCOutput
 
 __version__ = "0.1.0"
@@ -24,4 +25,5 @@ __all__ = [
     "DSCGenerationConfig",
     "DSCGenerationOutput",
     "DSCOutput",
+    "make_model_card",
 ]

@@ -18,6 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .backbone_parts import transformer_blocks
+
 logger = logging.get_logger(__name__)
 
 PADDING_MASKS = ("2d", "4d_additive", "4d_bool", "none")
@@ -55,7 +57,7 @@ def run_backbone(
             inputs["position_ids"] = position_ids + position_offset(backbone)
         if form != "none":
             inputs["attention_mask"] = _mask(backbone, config, form, input_ids, attention_mask, position_ids)
-        if accepted.get("timesteps") is inspect.Parameter.empty:  # MDLM's time, which it ignores
+        if "timesteps" in accepted:  # MDLM's time: it ignores the numbers, but stops without them
             inputs["timesteps"] = torch.zeros(len(input_ids), device=input_ids.device)
         logits, states = _forward(backbone, inputs, tap_layer)
     return align_logits(logits, getattr(config, "logits_shift", 0) or 0, attention_mask), states
@@ -124,19 +126,6 @@ def forward_arguments(model: nn.Module) -> dict[str, Any]:
     """The arguments of a model's forward, with their defaults."""
     model = getattr(model, "module", model)
     return {name: argument.default for name, argument in inspect.signature(model.forward).parameters.items()}
-
-
-def transformer_blocks(model: nn.Module) -> nn.ModuleList:
-    """The list of a model's transformer blocks.
-
-    Raises:
-        `ValueError`: no list of `num_hidden_layers` modules is found.
-    """
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise ValueError(f"{type(model).__name__} has no list of `num_hidden_layers={depth}` blocks to take states from.")
 
 
 def _mask(backbone, config, form, input_ids, attention_mask, position_ids) -> torch.Tensor | None:

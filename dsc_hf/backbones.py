@@ -27,9 +27,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.utils.hub import resolve_revision
 
 from .backbone_forward import position_offset
+from .backbone_parts import embedding_count
 from .families import FAMILIES, Family, find_family
+from .hub_errors import lost_connection, unreadable
 from .remote_backbones import load_remote_backbone
 
 LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -148,14 +151,15 @@ def readable_errors(what: str, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(
-            f"The {what} {name!r} could not be read: {error} Check the path or Hub id, or pass a loaded model."
-        ) from error
+        advice = "Check the path or Hub id, or pass a loaded model."
+        raise unreadable(f"The {what} {name!r}", error, advice) from error
     except (RuntimeError, StrictDataclassError) as error:
         if type(error).__name__ == "OutOfMemoryError" or "meta device" in str(error):  # not the checkpoint's fault
             raise
         raise ValueError(f"The {what} {name!r} does not fit its config.json: {error}") from error
     except Exception as error:
+        if lost_connection(error) and not isinstance(error, ValueError):  # else it has been told already
+            raise unreadable(f"The {what} {name!r}", error, "") from error
         if type(error).__name__ != "SafetensorError":
             raise
         raise ValueError(f"The weights of the {what} {name!r} are corrupt ({error}); fetch them again.") from error
@@ -255,9 +259,17 @@ def token_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
     }
 
 
+def pinned_revision(name: str, revision: str | None = None, **kwargs: Any) -> str | None:
+    """The commit that a revision of a Hub repository is now, so that a head can name its backbone exactly; the
+    revision as it is where there is none to ask (a folder, no connection)."""
+    where = {k: kwargs[k] for k in ("cache_dir", "local_files_only", "token") if k in kwargs}
+    found = resolve_revision(name, revision=revision, **where)
+    return getattr(found, "resolved", found)
+
+
 def check_token_id(model: PreTrainedModel, name: str, token_id: int) -> int:
     """Return a token id that the model has an embedding for, or raise a `ValueError` that names it."""
-    size = model.get_input_embeddings().weight.shape[0]
+    size = embedding_count(model)
     if not 0 <= token_id < size:
         raise ValueError(f"`{name}={token_id}` is outside the backbone's {size} embeddings.")
     return token_id

@@ -10,26 +10,30 @@ import posixpath
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
 
 from .backbones import LOCATION_ARGUMENTS, freeze, load_backbone, readable_errors, refuse_incomplete
+from .card_push import CardPush, is_generated
 from .configuration_dsc import DSCConfig
 
 logger = logging.get_logger(__name__)
 
 MODEL_AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
 SERVE_AUTO_CLASS = "AutoModelForDecision"  # the only one that `transformers serve --trust-remote-code` tries
-PUSH_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
+PUSH_ARGUMENTS = (
+    *("repo_id", "card", "commit_message", "commit_description", "private", "revision", "create_pr", "tags"),
+)
 BACKBONE_ARGUMENTS = ("dtype", "torch_dtype", "device_map", "quantization_config", "attn_implementation", "max_memory")
 
 
@@ -144,24 +148,47 @@ class DSCCheckpointMixin:
                     old.unlink()
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-        if push:
-            if "token" in kwargs:
-                push_kwargs["token"] = kwargs["token"]
+        if push and kwargs.get("is_main_process", True):
+            push_kwargs |= {k: kwargs[k] for k in ("token", "max_shard_size") if k in kwargs}
+            readme = target / "README.md"
+            if "card" not in push_kwargs and readme.is_file() and not is_generated(readme.read_text("utf-8")):
+                push_kwargs["card"] = ModelCard.load(readme)
             self.push_to_hub(push_kwargs.pop("repo_id", target.name), merge_backbone=merge, **push_kwargs)
 
-    def push_to_hub(self, repo_id: str, *, merge_backbone: bool | None = None, **kwargs: Any) -> str:
-        """Save to the Hub.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        merge_backbone: bool | None = None,
+        card: ModelCard | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Save to the Hub, with a model card.
 
         Args:
             repo_id (`str`): the repository.
             merge_backbone (`bool`, *optional*): as of [`save_pretrained`].
-            kwargs: as of [`~transformers.PreTrainedModel.push_to_hub`].
+            card (`ModelCard` or `dict`, *optional*): the card, or what it shall say (arguments of
+                [`~dsc_hf.model_card.make_model_card`]: `license`, `datasets`, `measurements`, ...). By default a card
+                in the repository that somebody wrote is kept; else one is made of what is known.
+            kwargs: as of [`~transformers.PreTrainedModel.push_to_hub`]: `private`, `token`, `revision`, `create_pr`,
+                `tags`, `commit_message`, ...
+
+        Raises:
+            `ValueError`: no card can be made of `card`.
         """
+        card_push, upload = CardPush(self, repo_id, card, merge_backbone, kwargs), self._upload_modified_files
+
+        def upload_with_card(folder: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+            card_push.write(Path(folder), repo_id)  # in place of the one that transformers has just put there
+            return upload(folder, repo_id, *args, **kwargs)
+
         self.save_pretrained = partial(self.save_pretrained, merge_backbone=merge_backbone)
+        self._upload_modified_files = upload_with_card
         try:
             return super().push_to_hub(repo_id, **kwargs)
         finally:
-            del self.save_pretrained
+            del self.save_pretrained, self._upload_modified_files
 
     @contextmanager
     def _config_for_saving(self, merge: bool) -> Iterator[None]:

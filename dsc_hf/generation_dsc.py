@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from huggingface_hub import is_offline_mode
 from transformers import (
     GenerationConfig,
     GenerationMixin,
@@ -17,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .generation_config_dsc import DSCGenerationConfig
 from .generation_run import DSCGenerationOutput, GenerationRun
+from .hub_errors import unreadable
 
 
 class DSCGenerationMixin(GenerationMixin):
@@ -163,6 +165,10 @@ class DSCGenerationMixin(GenerationMixin):
             except OSError as error:
                 if "valid JSON" in str(error):
                     raise ValueError(f"generation_config.json is corrupt: {error} Fetch or save it again.") from error
+                absent = "does not appear to have a file named" in str(error)
+                if not (absent or kwargs.get("local_files_only") or is_offline_mode()):
+                    what = f"generation_config.json of {str(pretrained_model_name_or_path)!r}"
+                    raise unreadable(what, error, "Without it the model would decode in another way.") from error
 
     def _resolve_generation_config(
         self, given: GenerationConfig | None, kwargs: dict[str, Any]

@@ -13,7 +13,8 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from .backbone_forward import run_backbone, transformer_blocks
+from .backbone_forward import run_backbone
+from .backbone_parts import embedding_count, transformer_blocks
 from .backbones import (
     LOCATION_ARGUMENTS,
     auto_class_of,
@@ -23,6 +24,7 @@ from .backbones import (
     load_backbone,
     mask_token_id_of,
     max_positions,
+    pinned_revision,
     token_ids_of,
     without_peft_wrapper,
 )
@@ -142,8 +144,11 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
             raise ValueError(f"`{unknown[0]}` is no argument of the correction head; see DSCConfig.")
         backbone = without_peft_wrapper(backbone)
         name = None if isinstance(backbone, PreTrainedModel) else os.fspath(backbone)
-        revision = kwargs.get("revision")
+        revision = None
         if name is not None:
+            revision = pinned_revision(name, **kwargs)
+            if revision is not None:
+                kwargs["revision"] = revision
             model = load_backbone(name, **kwargs)
             if tokenizer is None:
                 where = {k: kwargs[k] for k in (*LOCATION_ARGUMENTS, "trust_remote_code") if k in kwargs}
@@ -165,7 +170,7 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
             mask_token_id=check_token_id(model, "mask_token_id", mask_token_id),
             logits_shift=getattr(model.config, "logits_shift", 0),
             attention_block_length=attention_block_length,
-            vocab_size=model.get_input_embeddings().weight.shape[0],
+            vocab_size=embedding_count(model),
             backbone_hidden_size=text_config.hidden_size,
             backbone_num_layers=len(transformer_blocks(model)),
             **token_ids_of(model, tokenizer),
@@ -187,7 +192,7 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         found = {
             "backbone_hidden_size": backbone.config.get_text_config().hidden_size,
             "backbone_num_layers": len(blocks),
-            "vocab_size": backbone.get_input_embeddings().weight.shape[0],
+            "vocab_size": embedding_count(backbone),
         }
         for field, value in found.items():
             if getattr(self.config, field) != value:

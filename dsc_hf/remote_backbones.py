@@ -1,5 +1,223 @@
-"""Placeholder until the probe is merged."""
+"""Backbones whose code comes with the checkpoint: loaded only when that is asked for, and probed before use.
+
+Such code was written for one version of transformers. Under another it may crash, or, worse, load without a word and
+compute something else: transformers 5 builds models on the meta device, so buffers that are not in the file (rotary
+frequencies) hold whatever was in memory. Hence every model is loaded twice and compared with its file and itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging
+
+from .backbone_probe import BackboneProbe, probe_behaviour
+from .backbone_weights import (
+    check_weights,
+    uninitialised_memory_is_nan,
+    unsaved_buffers,
+    unset_buffers,
+    weight_files,
+)
+from .probe_readings import close_enough, probe_ids, read_logits
+
+logger = logging.get_logger(__name__)
+
+MODEL_CLASSES = ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel")
+"""The names in an `auto_map` that may give logits, the likeliest first."""
+LOCATION = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+
+Load = Callable[[], tuple[PreTrainedModel, dict[str, Any]]]
 
 
-def load_remote_backbone(name, trust_remote_code, **kwargs):
-    raise NotImplementedError
+def load_remote_backbone(
+    name: str | os.PathLike,
+    trust_remote_code: bool = False,
+    config: PreTrainedConfig | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a backbone with the code of its checkpoint and probe it.
+
+    What the probe saw is logged. The padding mask that the model obeys is set as `config.padding_mask`, and
+    `num_hidden_layers` and `hidden_size` where the config calls them otherwise.
+
+    Args:
+        name (`str`): a folder or a Hub id with an `auto_map` in its config.json and weights in safetensors files.
+        trust_remote_code (`bool`): has to be True.
+        config (`PreTrainedConfig`, *optional*): instead of the checkpoint's own.
+        kwargs: passed to `from_pretrained` (`revision`, `code_revision`, `dtype`, `device_map`, ...).
+
+    Returns:
+        `PreTrainedModel`: frozen, in eval mode.
+
+    Raises:
+        `ValueError`: running the code was not asked for; there is no such checkpoint; the code crashes; the probe
+            finds that the model does not compute what its authors trained, or can't be used.
+    """
+    name = os.fspath(name)
+    where = {key: kwargs[key] for key in LOCATION if key in kwargs}
+    fields = _read_config(name, where)
+    auto_map = fields.get("auto_map") or getattr(config, "auto_map", None) or {}
+    auto_class = remote_auto_class(name, auto_map)
+    if trust_remote_code is not True:
+        raise ValueError(
+            f"The backbone {name!r} is a {fields.get('model_type', 'model')} whose code comes with the checkpoint "
+            f"({auto_map[auto_class]}) and runs on this machine with your rights. Read it, then ask for it with "
+            "`trust_remote_code=True` (and pin a `revision`)."
+        )
+    written_for = fields.get("transformers_version")
+    load = partial(_load, name, auto_class, auto_map[auto_class], config, written_for, **kwargs)
+    model, probe = probe_backbone(name, load, written_for, variant=kwargs.get("variant"), **where)
+    _note(model.config, probe)
+    return model
+
+
+def _load(
+    name: str,
+    auto_class: str,
+    class_reference: str,
+    config: PreTrainedConfig | None,
+    written_for: str | None,
+    code_revision: str | None = None,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Run the checkpoint's code: a model in eval mode, and what `from_pretrained` said about its weights."""
+    where = {key: kwargs[key] for key in LOCATION if key in kwargs} | {"code_revision": code_revision}
+    with refuse_crashes(name, written_for):
+        config = copy.deepcopy(config)
+        if config is None:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=True, **where)
+        # not by the Auto class, which would take the code of the first checkpoint with the same config class
+        model_class = get_class_from_dynamic_module(class_reference, name, **where)
+        model_class.register_for_auto_class(auto_class)
+        model, info = model_class.from_pretrained(
+            name, config=config, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+    return model.requires_grad_(False).eval(), info
+
+
+def _note(config: PreTrainedConfig, probe: BackboneProbe) -> None:
+    config.padding_mask = probe.padding_mask
+    text_config = config.get_text_config()
+    for field, value in (("num_hidden_layers", probe.num_layers), ("hidden_size", probe.hidden_size)):
+        if getattr(text_config, field, None) is None:
+            setattr(text_config, field, value)
+
+
+def remote_auto_class(name: str, auto_map: dict[str, Any]) -> str:
+    """The name in a checkpoint's `auto_map` under which its own code is loaded.
+
+    Raises:
+        `ValueError`: its `auto_map` names none that could give logits.
+    """
+    for class_name in MODEL_CLASSES:
+        if class_name in auto_map:
+            return class_name
+    raise ValueError(
+        f"The checkpoint {name!r} brings no code for a language model: the `auto_map` of its config.json names "
+        f"{sorted(auto_map) or 'nothing'}, none of {', '.join(MODEL_CLASSES)}."
+    )
+
+
+def probe_backbone(
+    name: str, load: Load, written_for: str | None = None, **where: Any
+) -> tuple[PreTrainedModel, BackboneProbe]:
+    """Load a backbone twice, never holding two, and check all that must hold before it can be used.
+
+    Args:
+        name (`str`): the checkpoint, whose files the weights are compared with.
+        load (`Callable`): returns a model in eval mode and what `from_pretrained` said about its weights.
+        written_for (`str`, *optional*): the transformers version in its config.json, for the messages.
+        where: arguments that locate the files (`revision`, `subfolder`, `variant`, ...).
+
+    Returns:
+        `tuple`: the model of the second load, and a [`BackboneProbe`].
+
+    Raises:
+        `ValueError`: says what was seen and what to do.
+    """
+    advice = _advice(written_for)
+    with uninitialised_memory_is_nan():
+        model, info = load()
+    kind = type(model).__name__
+    tensors, buffers = check_weights(model, weight_files(name, **where), info, advice)
+    if unset := unset_buffers(buffers):
+        raise ValueError(
+            f"Loading leaves {len(unset)} buffers of {kind} uninitialised, for example {unset[0]}: they are not in "
+            f"the file and the code does not fill them in `_init_weights`. {advice}"
+        )
+    probe = probe_behaviour(model, tensors)
+    ids = probe_ids(model)
+    first = read_logits(model, ids)
+    del model, info
+    gc.collect()
+    model, _ = load()
+    found = unsaved_buffers(model, buffers)
+    if changed := sorted(key for key in buffers if not torch.equal(found[key], buffers[key])):
+        raise ValueError(f"{len(changed)} buffers of {kind} differ between two loads, as {changed[0]}. {advice}")
+    second = read_logits(model, ids)
+    if not close_enough(model, second, first, same_inputs=True):
+        raise ValueError(
+            f"Two loads of {name!r} give different logits for the same ids, off by up to "
+            f"{(second - first).abs().max():.2g} (their spread is {first.std():.2g}). {advice}"
+        )
+    logger.info(f"Probed the backbone {name!r}: {probe}.")
+    return model, probe
+
+
+@contextlib.contextmanager
+def refuse_crashes(name: str, written_for: str | None) -> Iterator[None]:
+    """Turn whatever remote code raises while it is imported and built into a `ValueError` that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except OSError as error:
+        raise ValueError(
+            f"The backbone {name!r} could not be read: {error} Check the path or Hub id; its weights have to be in "
+            "safetensors files."
+        ) from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise ValueError(f"The weights of {name!r} are corrupt ({error}); fetch them again.") from error
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
+            raise ValueError(f"The weights of {name!r} do not fit its config.json: {error}") from error
+        if "attn_implementation" in str(error) or "attention implementation" in str(error):
+            raise ValueError(f"The code of {name!r} can't be used with this `attn_implementation`: {error}") from error
+        raise ValueError(
+            f"The code of the checkpoint {name!r} stopped while it was loaded with {type(error).__name__}: {error}. "
+            f"{_advice(written_for)}"
+        ) from error
+
+
+def _advice(written_for: str | None) -> str:
+    seen = f"The code was written for another version of transformers than {transformers.__version__}"
+    if written_for == transformers.__version__:
+        seen = f"The code does not work with transformers {written_for}, though its config.json names that version"
+    elif written_for:
+        seen += f" ({written_for}, by its config.json)"
+    return (
+        f"{seen}: ask its authors for an update, convert the checkpoint to a stock class (Llama, Qwen2, Qwen3 with "
+        "`is_causal=False`), or install the version it was written for."
+    )
+
+
+def _read_config(name: str, where: dict[str, Any]) -> dict[str, Any]:
+    """config.json as it is, without running anything."""
+    try:
+        return PreTrainedConfig.get_config_dict(name, **where)[0]
+    except OSError as error:
+        raise ValueError(f"The backbone {name!r} could not be read: {error} Check the path or Hub id.") from error
+
+
+__all__ = ["load_remote_backbone", "probe_backbone"]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import MASK, make_llama, make_model
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from training_helpers import losses, make_rows, make_trainer, weights
 
 from dsc_hf import DSCForMaskedDiffusion
@@ -130,3 +131,12 @@ def test_bad_arguments_are_named(tmp_path, argument, value):
 def test_bare_backbone_is_refused(tmp_path):
     with pytest.raises(ValueError, match="from_backbone"):
         make_trainer("head", tmp_path, model=make_llama())
+
+
+def test_the_trainers_card_is_ours(tmp_path):
+    trainer = make_trainer("head", tmp_path, max_steps=1)
+    trainer.train()
+    trainer.create_model_card(license="mit", dataset="letters", dataset_tags="org/letters", tags="tiny")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.library_name, card.data.license, card.data.datasets) == ("dsc_hf", "mit", ["org/letters"])
+    assert "tiny" in card.data.tags and "letters" in card.text and "Not evaluated" in card.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ..evaluation import collect_states, detection_quality, score_states
+from ..model_card import make_model_card
 from ..modeling_dsc import DSCForMaskedDiffusion, correction_loss
 from .artifacts import FutureContextAugmentation
 from .base import DiffusionTrainer, DiffusionTrainingArguments
@@ -156,6 +158,32 @@ class CorrectionHeadTrainer(DiffusionTrainer):
             quality = detection_quality(values[seen], np.concatenate(wrong)[seen])
             result |= {f"{prefix}{key}": value for key, value in quality.items() if key != "error_rate" or not prefix}
         return result
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write the card of the model ([`make_model_card`]) to `output_dir`. Arguments are those of
+        [`~transformers.Trainer`]; what the card has no place for is not used."""
+        card = make_model_card(
+            self.accelerator.unwrap_model(self.model),
+            self.hub_model_id or model_name,
+            remote_code=True,
+            language=language,
+            license=license,
+            tags=tags or (),
+            datasets=dataset_tags or (),
+            training_data=dataset if isinstance(dataset, str) else ", ".join(dataset or ()) or None,
+        )
+        card.save(Path(self.args.output_dir) / "README.md")
 
     def _collect(self, model: DSCForMaskedDiffusion, rows: Dataset) -> tuple[Dataset, list[np.ndarray]]:
         """States of decoding evaluation prompts, and which of their tokens are wrong."""

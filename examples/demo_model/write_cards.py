@@ -56,12 +56,10 @@ gives nonsense.
 
 HEAD = """\
 ---
-library_name: transformers
+library_name: dsc_hf
 license: apache-2.0
 pipeline_tag: text-generation
-base_model: ../word-problems-backbone
-base_model_relation: adapter
-tags: [dsc_hf, diffusion-language-model, self-correction]
+tags: [diffusion, masked-diffusion, self-correction, dsc]
 ---
 # word-problems-dsc
 

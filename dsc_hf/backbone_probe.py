@@ -1,0 +1,213 @@
+"""What a remote-code backbone really computes, found by running it on a few random ids before it is used.
+
+Nothing that its code or config claims is believed: which positions see which, whether a padding mask is obeyed and in
+which form, whether there are logits and hidden states at all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .backbone_parts import embedding_count, transformer_blocks
+from .probe_readings import (
+    LENGTH,
+    ROWS,
+    allowed_ids,
+    close_enough,
+    first_reached,
+    probe_ids,
+    reached_positions,
+    read_logits,
+)
+
+logger = logging.get_logger(__name__)
+
+PADDING = 5
+"""Tokens of padding in one of two short rows."""
+LONG = 128
+"""Tokens of the one row that tells full attention from long blocks."""
+KNOWN_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "timesteps")
+LENGTH_LIMITS = ("max_position_embeddings", "n_positions", "max_sequence_length", "model_length")
+
+
+@dataclass(frozen=True)
+class BackboneProbe:
+    """What was seen of a backbone.
+
+    Args:
+        padding_mask (`str`): the form of padding mask that it obeys: `"2d"`, `"4d_additive"`, `"4d_bool"` or `"none"`.
+        num_layers (`int`), hidden_size (`int`): number and width of its blocks.
+        vocab_size (`int`): number of logits a token.
+        tensors (`int`): how many weights were found equal to the file's.
+    """
+
+    padding_mask: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    tensors: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tensors} weights equal the file's, two loads give the same logits, attention is bidirectional, "
+            f"padding mask {self.padding_mask!r}, {self.num_layers} blocks of width {self.hidden_size}, "
+            f"{self.vocab_size} logits"
+        )
+
+
+def refuse_causal(model: PreTrainedModel) -> None:
+    """Raise a `ValueError` unless every token sees those on both sides of it."""
+    config, name = model.config.get_text_config(), type(model).__name__
+    limits = [limit for field in LENGTH_LIMITS if isinstance(limit := getattr(config, field, None), int)]
+    for length in (LENGTH, min([LONG, *(limit for limit in limits if limit >= LENGTH)])):
+        ids = probe_ids(model, 1 if length > LENGTH else ROWS, length)
+        if 0 in reached_positions(model, ids, slice(length // 2, None)):
+            continue
+        # the last token reaches back to the start of its block; the token before that to the start of the block before
+        start = first_reached(model, ids, length - 1)
+        before = first_reached(model, ids, start - 1) if start else 0
+        is_block = first_reached(model, ids, start) == start
+        if is_block and start - before > 1:
+            raise ValueError(
+                f"{name} has block-causal attention: token {length - 1} changes no logits before position {start}, "
+                f"token {start - 1} none before {before}, so blocks are {start - before} long. "
+                "`attention_block_length` is not supported for remote code; convert the checkpoint to a stock class."
+            )
+        if is_block or length == LENGTH:  # else a window, which is shorter than the long row
+            raise ValueError(
+                f"{name} is causal: changing tokens {length // 2} to {length - 1} does not change the logits of token "
+                "0. A masked diffusion LM sees both sides of a mask. If this one was trained to, its code may have a "
+                "switch for it: set that in config.json."
+            )
+    ids = probe_ids(model)
+    if LENGTH - 1 not in reached_positions(model, ids, slice(0, LENGTH // 2)):
+        raise ValueError(f"In {name} the last of {LENGTH} tokens does not see the first half; no language model.")
+
+
+def padding_form(model: PreTrainedModel) -> str:
+    """The first of the padding mask forms that the model obeys, or `"none"` with a warning.
+
+    A form is obeyed if, with a row padded on the left, the logits of its tokens do not change with the ids of the
+    padding, are those of the row without padding, and still depend on tokens to their right.
+    """
+    arguments = inspect.signature(model.forward).parameters.values()
+    seen = {}
+    if any(a.name == "attention_mask" or a.kind is a.VAR_KEYWORD for a in arguments):
+        for form in ("2d", "4d_additive", "4d_bool"):
+            seen[form] = why_not(model, form)
+            if seen[form] is None:
+                return form
+    logger.warning(
+        f"{type(model).__name__} obeys no padding mask "
+        f"({'; '.join(f'{form}: {why}' for form, why in seen.items()) or 'its forward takes none'}). Prompts of "
+        "different lengths will be run in groups of equal length, which is slower."
+    )
+    return "none"
+
+
+def why_not(model: PreTrainedModel, form: str) -> str | None:
+    """What is wrong with a model's logits under a form of padding mask, or None."""
+    ids, attention_mask = probe_ids(model), torch.ones(ROWS, LENGTH, dtype=torch.long, device=model.device)
+    positions = attention_mask.cumsum(1) - 1
+    alone = [read_logits(model, ids[:1], position_ids=positions[:1])]
+    alone.append(read_logits(model, ids[1:, PADDING:], position_ids=positions[1:, : LENGTH - PADDING]))
+    try:
+        whole = read_logits(model, ids, form, attention_mask, positions)
+        attention_mask[1, :PADDING] = 0
+        inputs = {"form": form, "attention_mask": attention_mask, "position_ids": attention_mask.cumsum(1) - 1}
+        inputs["position_ids"].clamp_(min=0)
+        padded = read_logits(model, ids, **inputs)
+        other = ids.clone()
+        other[1, :PADDING] = ids[0, :PADDING].flip(0)
+        repadded = read_logits(model, other, **inputs)
+        row = {"form": form, "attention_mask": attention_mask[1:], "position_ids": inputs["position_ids"][1:]}
+        reached = reached_positions(model, ids[1:], slice((PADDING + LENGTH) // 2, None), **row)
+    except ValueError as error:
+        return f"stops ({str(error.__cause__ or error).splitlines()[0][:120]})"
+    if not close_enough(model, whole[:1], alone[0]):
+        return "changes logits where there is no padding"
+    if not close_enough(model, repadded[1, PADDING:], padded[1, PADDING:], same_inputs=True):
+        return "logits change with the ids of the padding"
+    if PADDING not in reached:
+        return "attention turns causal with padding"
+    for logits, expected in zip((padded[0], padded[1, PADDING:]), alone, strict=True):
+        if not close_enough(model, logits, expected[0]):
+            off = (logits - expected[0]).abs().max()
+            return f"logits are off by up to {off:.2g} from those without padding"
+    return None
+
+
+def refuse_unknown_arguments(model: PreTrainedModel) -> None:
+    """Raise a `ValueError` if the forward needs arguments that only its authors could give."""
+    needed = [
+        a.name
+        for a in inspect.signature(model.forward).parameters.values()
+        if a.default is a.empty and a.kind not in (a.VAR_KEYWORD, a.VAR_POSITIONAL) and a.name not in KNOWN_ARGUMENTS
+    ]
+    if needed:
+        raise ValueError(
+            f"The forward of {type(model).__name__} requires `{needed[0]}`, which is unknown here; known are "
+            f"{', '.join(KNOWN_ARGUMENTS)}. Give it a default in the checkpoint's code."
+        )
+
+
+def block_width(model: PreTrainedModel) -> tuple[int, int]:
+    """Number and width of the blocks, each of which has to be called and to give states `(B, L, D)`.
+
+    Raises:
+        `ValueError`: a forward hook can't take hidden states from them.
+    """
+    blocks, seen, ids = transformer_blocks(model), {}, probe_ids(model)
+
+    def look(block, arguments, output):
+        seen[block] = output[0] if isinstance(output, tuple) else output
+
+    handles = [block.register_forward_hook(look) for block in blocks]
+    try:
+        read_logits(model, ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for i, block in enumerate(blocks):
+        shape = tuple(getattr(seen.get(block), "shape", ()))
+        if len(shape) != 3 or shape[:2] != ids.shape:
+            was = f"gave {shape or type(seen[block]).__name__}" if block in seen else "was not called"
+            raise ValueError(
+                f"No hidden states can be taken from {type(model).__name__}: for {tuple(ids.shape)} ids block {i} "
+                f"({type(block).__name__}) {was}, not states (B, L, D)."
+            )
+    return len(blocks), seen[blocks[0]].shape[-1]
+
+
+def probe_behaviour(model: PreTrainedModel, tensors: int = 0) -> BackboneProbe:
+    """Run every check that one loaded model allows.
+
+    Raises:
+        `ValueError`: it can't be used; says what was seen.
+    """
+    refuse_unknown_arguments(model)
+    ids = probe_ids(model)
+    logits, again = read_logits(model, ids), read_logits(model, ids)
+    if not close_enough(model, again, logits, same_inputs=True):
+        raise ValueError(
+            f"{type(model).__name__} gives other logits for the same ids at every forward, off by up to "
+            f"{(again - logits).abs().max():.2g}: it draws random numbers (dropout, noise) even in eval mode. Its "
+            "code has to be changed, or fetched in another revision."
+        )
+    num_layers, hidden_size = block_width(model)
+    vocab_size, embedded = logits.shape[-1], embedding_count(model)
+    if vocab_size != embedded and (vocab_size == hidden_size or vocab_size < len(allowed_ids(model))):
+        raise ValueError(
+            f"{type(model).__name__} embeds {embedded} ids and returns {vocab_size} numbers a token: no logits. If "
+            "its code has a class with an LM head, name that in the `auto_map` of config.json."
+        )
+    refuse_causal(model)
+    return BackboneProbe(padding_form(model), num_layers, hidden_size, vocab_size, tensors)
+
+
+__all__ = ["BackboneProbe", "probe_behaviour", "why_not"]

@@ -1,0 +1,155 @@
+"""Whether the weights in memory are those of the checkpoint's files: nothing else says that loading went well."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import warnings
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+IGNORED_IN_FILE = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
+"""Weights that old files hold and that transformers itself no longer reads."""
+
+
+@contextlib.contextmanager
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """Make `torch.empty` fill with NaN (floats), the largest number (integers) or True, so that what loading leaves
+    uninitialised is seen for certain; bare memory is often zero twice."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic.*")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def weight_files(name: str, variant: str | None = None, **where: Any) -> list[str]:
+    """Paths of a checkpoint's safetensors files, fetched if they are not there yet.
+
+    Raises:
+        `ValueError`: it has none.
+    """
+    stem = f"model.{variant}" if variant else "model"
+    index_name = f"model.safetensors.index.{variant}.json" if variant else "model.safetensors.index.json"
+    optional = {"_raise_exceptions_for_missing_entries": False, **where}
+    if (single := cached_file(name, f"{stem}.safetensors", **optional)) is not None:
+        return [single]
+    if (index := cached_file(name, index_name, **optional)) is None:
+        raise ValueError(f"The checkpoint {name!r} has no {stem}.safetensors, with which its weights are compared.")
+    with open(index, encoding="utf-8") as file:
+        shards = sorted(set(json.load(file)["weight_map"].values()))
+    return [cached_file(name, shard, **where) for shard in shards]
+
+
+def check_weights(
+    model: PreTrainedModel, files: list[str], loading_info: dict[str, Any], advice: str = ""
+) -> tuple[int, dict[str, torch.Tensor]]:
+    """Compare a loaded model with its files, tensor by tensor, one in memory at a time.
+
+    Tensors that are offloaded (meta) or quantised can't be compared and are passed over.
+
+    Returns:
+        `tuple`: how many tensors were found equal, and copies of the buffers that are not in the files.
+
+    Raises:
+        `ValueError`: a weight differs from the file's, is not in the file, or is nowhere in the model.
+    """
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    quantised = getattr(model, "hf_quantizer", None) is not None
+    ignored = [*IGNORED_IN_FILE, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    equal, differing, unknown, stored = 0, {}, [], set()
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                name = _name_in_model(key, tensors, getattr(model, "base_model_prefix", ""))
+                if name is None:
+                    if not quantised and not any(re.search(pattern, key) for pattern in ignored):
+                        unknown.append(key)
+                    continue
+                stored.add(name)
+                loaded, expected = tensors[name].detach(), file.get_tensor(key)
+                if loaded.is_meta or quantised and loaded.dtype.is_floating_point != expected.dtype.is_floating_point:
+                    continue
+                off = _difference(loaded.cpu(), expected)
+                equal += off is None
+                if off is not None:
+                    differing[name] = off
+    shared = {tensors[name].data_ptr() for name in stored if not tensors[name].is_meta}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    absent = [
+        name for name, p in parameters.items() if name not in stored and (p.is_meta or p.data_ptr() not in shared)
+    ]
+    _refuse_weights(type(model).__name__, differing, unknown, [] if quantised else absent, advice)
+    if mismatched := loading_info.get("mismatched_keys"):
+        raise ValueError(f"Weights of {type(model).__name__} have another shape in the file: {list(mismatched)[:3]}.")
+    return equal, unsaved_buffers(model, set(dict(model.named_buffers())) - stored)
+
+
+def unsaved_buffers(model: PreTrainedModel, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """Copies of the named buffers on the CPU, without those that are offloaded."""
+    return {
+        name: buffer.detach().cpu().clone()
+        for name, buffer in model.named_buffers()
+        if name in names and not buffer.is_meta
+    }
+
+
+def unset_buffers(buffers: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the buffers that still hold what [`uninitialised_memory_is_nan`] put there."""
+
+    def unset(buffer: torch.Tensor) -> bool:
+        if buffer.is_floating_point() or buffer.is_complex():
+            return bool(buffer.isnan().any())
+        return buffer.dtype != torch.bool and bool((buffer == torch.iinfo(buffer.dtype).max).any())
+
+    return sorted(name for name, buffer in buffers.items() if unset(buffer))
+
+
+def _name_in_model(key: str, tensors: dict[str, torch.Tensor], prefix: str) -> str | None:
+    """The model's name of a tensor in a file, which may or may not have the base model's prefix."""
+    return next((k for k in (key, f"{prefix}.{key}", key.removeprefix(f"{prefix}.")) if k in tensors), None)
+
+
+def _difference(loaded: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """How a loaded tensor differs from that of the file, after the cast to its dtype; None if it does not."""
+    if loaded.shape != expected.shape:
+        return f"is {tuple(loaded.shape)} instead of {tuple(expected.shape)}"
+    expected = expected.to(loaded.dtype)
+    if torch.equal(loaded, expected):
+        return None
+    return f"is off by up to {(loaded.double() - expected.double()).abs().max():.3g}"
+
+
+def _refuse_weights(model: str, differing: dict[str, str], unknown: list[str], absent: list[str], advice: str) -> None:
+    if differing:
+        name, how = next(iter(differing.items()))
+        raise ValueError(
+            f"{len(differing)} weights of {model} are not those of the file after loading, for example {name} {how}: "
+            f"the code draws them again, or shares what the file does not. {advice}"
+        )
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} weights of the checkpoint's files are nowhere in {model}, for example {unknown[0]}: the "
+            f"code builds another model than the one that was saved. {advice}"
+        )
+    if absent:
+        raise ValueError(
+            f"{len(absent)} weights of {model} are not in the checkpoint's files, for example {absent[0]}: it would "
+            "run with random ones. Fetch or save the checkpoint again."
+        )
+
+
+__all__ = ["check_weights", "uninitialised_memory_is_nan", "unsaved_buffers", "unset_buffers", "weight_files"]

@@ -1,0 +1,300 @@
+"""Model cards of DSCForMaskedDiffusion: what the model, its config and its owner say, and nothing that nobody said.
+
+`push_to_hub` writes one by itself; [`make_model_card`] makes one to look at or to change.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, StrictUndefined
+from transformers import PreTrainedModel
+
+TAGS = ("diffusion", "masked-diffusion", "self-correction", "dsc")
+RELATIONS = ("adapter", "finetune", "merge", "quantized")
+"""Values that the Hub allows for `base_model_relation`."""
+
+TEMPLATE = """\
+# {{ name }}
+
+{% if head_trained %}
+A correction head for a masked diffusion language model: it gives every written token a probability of being wrong, and
+decoding takes back what it distrusts (Decoupled Self-Correction,
+[arXiv 2601.06428](https://arxiv.org/abs/2601.06428)).
+{% else %}
+A masked diffusion language model, wrapped for self-correction (Decoupled Self-Correction,
+[arXiv 2601.06428](https://arxiv.org/abs/2601.06428)). **Its correction head is untrained** and gives no scores; the
+score that needs no training, `remasking_score="visible"`, works.
+{% endif %}
+
+- **Base model**: {{ base }}
+- **Contents**: {{ contents }}
+- **Head**: {{ head }}
+- **Licence**: {{ license }}
+- **Training data**: {{ training_data }}
+
+## How to use
+
+```python
+{{ example }}
+```
+{% if remote_code and remote_example %}
+
+Without the package, with the code in this repository:
+
+```python
+{{ remote_example }}
+```
+{% endif %}
+{% if tokenizer_unknown %}
+
+No tokenizer was named: this works once there is one in this repository (`tokenizer.push_to_hub`).
+{% endif %}
+
+A base model that was tuned on chats needs its chat template (`tokenizer.apply_chat_template`).
+
+## Decoding defaults
+
+From `generation_config.json`; what it does not set has the default of `DSCGenerationConfig`.
+
+| argument | value |
+|---|---|
+{% for argument, value in decoding.items() %}
+| `{{ argument }}` | `{{ value }}` |
+{% endfor %}
+
+## Measured
+
+{% if table %}
+{{ measured_with }}
+
+{{ table }}
+{% else %}
+Not evaluated: no measurements were given for this model.
+{% endif %}
+
+## Limits
+
+- The head fits the base model named above and no other. Decoding thresholds do not carry over to other heads.
+- The head knows what the base model's text looks like, not what is true; the limits of the base model are its limits.
+{% for limit in limits %}
+- {{ limit }}
+{% else %}
+- No others were stated.
+{% endfor %}
+"""
+
+
+def make_model_card(
+    model: PreTrainedModel,
+    repo_id: str | None = None,
+    *,
+    merge_backbone: bool | None = None,
+    remote_code: bool = True,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    language: str | Sequence[str] | None = None,
+    base_model_relation: str | None = None,
+    datasets: str | Sequence[str] = (),
+    training_data: str | None = None,
+    measurements: Sequence[Mapping[str, Any]] = (),
+    measured_with: str | None = None,
+    limits: str | Sequence[str] = (),
+    tokenizer: str | None = None,
+    prompt: str = "Why is the sky blue?",
+    tags: str | Sequence[str] = (),
+) -> ModelCard:
+    """The card of a model. What is neither given nor in the model is said to be missing.
+
+    Args:
+        model ([`DSCForMaskedDiffusion`]): its config and its decoding defaults are described.
+        repo_id (`str`, *optional*): the repository on the Hub that it is for.
+        merge_backbone (`bool`, *optional*): whether the backbone's weights are in the checkpoint; as of
+            [`~DSCForMaskedDiffusion.save_pretrained`].
+        remote_code (`bool`): whether the code is in the checkpoint; `save_pretrained` puts it there.
+        license (`str`, *optional*), license_name (`str`, *optional*), license_link (`str`, *optional*): as the Hub
+            wants them: an identifier such as `"apache-2.0"`, or `"other"` with a name and a link.
+        language (`str` or list, *optional*): language codes of the training data.
+        base_model_relation (`str`, *optional*): `adapter`, `finetune`, `merge` or `quantized`; by default `adapter`
+            for a head, `quantized` for a merged checkpoint of a quantised backbone, else `finetune`.
+        datasets (`str` or list): Hub ids of the training data.
+        training_data (`str`, *optional*): the training data in words.
+        measurements (list of `dict`): rows of the measured table, `{column: value}`.
+        measured_with (`str`, *optional*): on what and how they were measured.
+        limits (`str` or list): what it can't do, besides what is true of every head.
+        tokenizer (`str`, *optional*): Hub id or folder of the tokenizer; by default the base model's.
+        prompt (`str`): of the example.
+        tags (`str` or list): besides the usual ones.
+
+    Returns:
+        `huggingface_hub.ModelCard`: to `save`, to change (`data`, `text`), or for `push_to_hub(card=...)`.
+
+    Raises:
+        `ValueError`: the Hub has no such relation, or a row of the table is no `dict`.
+    """
+    merged = is_merged(model, merge_backbone)
+    base, datasets = base_model_id(model, repo_id), _as_list(datasets)
+    data = ModelCardData(
+        library_name="dsc_hf",
+        pipeline_tag="text-generation",
+        license=license,
+        license_name=license_name,
+        license_link=license_link,
+        language=language if language is None or isinstance(language, str) else list(language),
+        base_model=base,
+        base_model_relation=_relation(model, base, merged, base_model_relation),
+        datasets=datasets or None,
+        tags=list(dict.fromkeys((*TAGS, *(("custom_code",) if remote_code else ()), *_as_list(tags)))),
+    )
+    checkpoint = repo_id or "path/of/this/checkpoint"
+    text = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    body = text.from_string(TEMPLATE).render(
+        name=posixpath.basename(checkpoint),
+        head_trained=model.config.head_trained,
+        base=_describe_base(model, base),
+        contents=_describe_contents(model, merged),
+        head=_describe_head(model),
+        license=_describe_license(license, license_name, license_link),
+        training_data=_describe_training_data(model, training_data, datasets),
+        remote_code=remote_code,
+        tokenizer_unknown=tokenizer is None and base is None,
+        decoding=decoding_defaults(model),
+        table=_table(measurements),
+        measured_with=measured_with or "How this was measured was not stated.",
+        limits=_as_list(limits),
+        **_example(model, checkpoint, base, merged, tokenizer, prompt),
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}\n")
+
+
+def is_merged(model: PreTrainedModel, merge_backbone: bool | None = None) -> bool:
+    """Whether a save with this argument holds the backbone's weights."""
+    return model.config.base_config is not None if merge_backbone is None else merge_backbone
+
+
+def base_model_id(model: PreTrainedModel, repo_id: str | None = None) -> str | None:
+    """The backbone's Hub id, or None if it is a folder or has no name.
+
+    Args:
+        model ([`DSCForMaskedDiffusion`]): with the backbone's name in its config.
+        repo_id (`str`, *optional*): the model's own repository, which names that begin with `../` are relative to.
+    """
+    base = model.config.base_model_name_or_path
+    if base is not None and base.startswith("../") and repo_id is not None:
+        base = posixpath.normpath(posixpath.join(repo_id, base))
+    elif base is None or os.path.exists(base):
+        return None
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return None
+    return base
+
+
+def decoding_defaults(model: PreTrainedModel) -> dict[str, str]:
+    """The fields that the saved generation_config.json sets, as JSON; `do_sample` is always one."""
+    fields = {"do_sample": False, **model.generation_config.to_diff_dict()}
+    shown = {k: v for k, v in fields.items() if not k.startswith("_") and k != "transformers_version"}
+    return {name: json.dumps(shown[name], default=str) for name in sorted(shown)}
+
+
+def _as_list(value: str | Sequence[str]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _relation(model: PreTrainedModel, base: str | None, merged: bool, given: str | None) -> str | None:
+    if given is not None and given not in RELATIONS:
+        raise ValueError(f"`base_model_relation={given!r}` must be one of {list(RELATIONS)}.")
+    quantized = merged and getattr(model.backbone.config, "quantization_config", None)
+    kind = "quantized" if quantized else "finetune" if merged else "adapter"
+    return None if base is None else given or kind
+
+
+def _describe_base(model: PreTrainedModel, base: str | None) -> str:
+    named, revision = model.config.base_model_name_or_path, model.config.base_model_revision
+    kind = "" if model.backbone is None else f" (`{type(model.backbone).__name__}`)"
+    pinned = f"at revision `{revision}`" if revision else "no revision is pinned, so the newest is loaded"
+    if base is not None:
+        return f"[`{base}`](https://huggingface.co/{base}){kind}, {pinned}"
+    if named is None or named.startswith("../"):
+        return f"`{named}`{kind}, beside this checkpoint" if named else f"not stated{kind}"
+    return f"a folder `{os.path.basename(os.path.normpath(named))}`{kind} on its owner's machine, not on the Hub"
+
+
+def _describe_contents(model: PreTrainedModel, merged: bool) -> str:
+    adapted = getattr(model.backbone, "_hf_peft_config_loaded", False)
+    head = "the correction head" + (" and a LoRA adapter of the base model" if adapted else "")
+    return "base model and correction head" if merged else f"{head}, without the base model"
+
+
+def _describe_head(model: PreTrainedModel) -> str:
+    config, depth = model.config, model.config.backbone_num_layers
+    parameters = sum(parameter.numel() for parameter in model.correction_head.parameters())
+    reread = " and how the base model sees the visible token" if config.head_reread else ""
+    return (
+        f"{config.head_num_layers} bidirectional transformer layer(s) of width {config.head_hidden_size}, "
+        f"{parameters:,} parameters; reads the output of block {config.tap_layer % depth + 1} of {depth}{reread}"
+    )
+
+
+def _describe_license(license: str | None, name: str | None, link: str | None) -> str:
+    given = name or license
+    stated = "not stated" if given is None else f"[{given}]({link})" if link else f"`{given}`"
+    return f"{stated}; the base model's own holds for its weights"
+
+
+def _describe_training_data(model: PreTrainedModel, words: str | None, datasets: list[str]) -> str:
+    links = [f"[`{name}`](https://huggingface.co/datasets/{name})" for name in datasets]
+    unknown = "not stated" if model.config.head_trained else "none, the head is untrained"
+    return "; ".join(filter(None, (words, *links))) or unknown
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table; its columns are those of all rows, in the order in which they come up."""
+    for bad in [row for row in rows if not isinstance(row, Mapping) or not row]:
+        raise ValueError(f"`measurements` has a row {bad!r}; rows must be dicts of columns and values.")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+
+    def line(cells) -> str:
+        texts = ("–" if cell is None else " ".join(str(cell).replace("|", r"\|").split()) for cell in cells)
+        return "| " + " | ".join(texts) + " |"
+
+    lines = [line(columns), "|" + "---|" * len(columns), *(line(row.get(c) for c in columns) for row in rows)]
+    return "\n".join(lines) if rows else ""
+
+
+def _example(
+    model: PreTrainedModel, checkpoint: str, base: str | None, merged: bool, tokenizer: str | None, prompt: str
+) -> dict[str, str | None]:
+    """Lines that load and decode, with and without the package; a base model that has no name is passed by hand."""
+    by_hand = not merged and base is None and not (model.config.base_model_name_or_path or "").startswith("../")
+    trust = "trust_remote_code=True"
+    own_code = [trust] if model.backbone is not None and model.backbone.is_custom_code() else []
+    revision = model.config.base_model_revision if tokenizer is None and base is not None else None
+    pinned = f", revision={json.dumps(revision)}" if revision else ""
+
+    def lines(first: str, *arguments: str) -> str:
+        return f"""{first}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({", ".join((json.dumps(checkpoint), *arguments))})
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(tokenizer or base or checkpoint)}{pinned})
+inputs = tokenizer({json.dumps(prompt, ensure_ascii=False)}, return_tensors="pt")
+ids = model.generate(**inputs)
+print(tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))"""
+
+    first, folder = "import dsc_hf  # registers the model with transformers\n", '"path/of/the/base/model"'
+    if by_hand:
+        first = "from dsc_hf.backbones import load_backbone\n"
+        own_code.insert(0, f"backbone=load_backbone({', '.join((folder, *own_code))})")
+    return {"example": lines(first, *own_code), "remote_example": None if by_hand else lines("", trust)}
+
+
+__all__ = ["make_model_card"]

@@ -1,0 +1,95 @@
+"""What the probe sees of one loaded backbone, in every precision."""
+
+import re
+
+import pytest
+import torch
+import transformers
+from conftest import make_bert, make_llama
+from remote_backbone import own_modules_cache, write_remote_backbone
+
+from dsc_hf.backbone_probe import probe_behaviour, why_not
+from dsc_hf.remote_backbones import load_remote_backbone
+
+
+@pytest.fixture(autouse=True, scope="module")
+def modules_cache(tmp_path_factory):
+    """Code of the checkpoints is copied into a folder of this test run, not into the user's cache."""
+    with own_modules_cache(tmp_path_factory.mktemp("modules")):
+        yield
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "toy"
+
+
+def load(folder, **kwargs):
+    return load_remote_backbone(folder, trust_remote_code=True, **kwargs)
+
+
+def refusal(folder, **kwargs) -> str:
+    with pytest.raises(ValueError) as error:
+        load(folder, **kwargs)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("make", [make_llama, make_bert])
+def test_stock_models_pass_the_probe_too(make):
+    probe = probe_behaviour(make())
+    assert (probe.padding_mask, probe.num_layers, probe.hidden_size, probe.vocab_size) == ("2d", 3, 16, 32)
+
+
+def test_a_stock_causal_model_does_not_pass():
+    with pytest.raises(ValueError, match="LlamaForCausalLM is causal"):
+        probe_behaviour(make_llama(is_causal=None))
+
+
+@pytest.mark.parametrize(
+    "padding, why",
+    [
+        ({"padding": "2d_causal_if_padded"}, "attention turns causal with padding"),
+        ({"padding": "4d_bool"}, "logits change with the ids of the padding"),
+        (
+            {"positions": "absolute", "code": "no position ids"},
+            "logits are off by up to .*without padding",
+        ),
+        ({"padding": "2d"}, "None"),
+    ],
+)
+def test_why_a_2d_mask_is_not_obeyed(padding, why, folder):
+    model = load(write_remote_backbone(folder, **padding))
+    assert re.match(why, str(why_not(model, "2d")))
+
+
+@pytest.mark.parametrize("switches, said", [({"padding": "ignored"}, "2d: logits change with"), ({}, None)])
+def test_unsupported_padding_is_warned_of(switches, said, folder, caplog):
+    path = write_remote_backbone(folder, **switches)
+    load(path)
+    warned = [r.getMessage() for r in caplog.records if "obeys no padding mask" in r.getMessage()]
+    assert warned == [] if said is None else len(warned) == 1 and said in warned[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_probed_as_surely(dtype, tmp_path):
+    forms = {"2d": "2d", "4d_bool": "4d_bool", "4d_additive": "4d_additive", "ignored": "none"}
+    for padding, form in forms.items():
+        model = load(write_remote_backbone(tmp_path / padding, padding=padding, hidden_size=64), dtype=dtype)
+        assert (model.dtype, model.config.padding_mask) == (dtype, form)
+    absolute = write_remote_backbone(tmp_path / "absolute", positions="absolute", code="no position ids")
+    assert load(absolute, dtype=dtype).config.padding_mask == "none"
+    assert "is causal" in refusal(write_remote_backbone(tmp_path / "causal", attention="causal"), dtype=dtype)
+    blocks = {"attention": "block", "block_length": 32}
+    assert "blocks are 32 long" in refusal(write_remote_backbone(tmp_path / "blocks", **blocks), dtype=dtype)
+    noise = write_remote_backbone(tmp_path / "noise", code="noise of the first forward")
+    assert "Two loads" in refusal(noise, dtype=dtype)
+
+
+def test_quantised_weights_are_probed_too(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    kwargs = {"quantization_config": config, "device_map": "cpu"}
+    model = load(write_remote_backbone(tmp_path / "good", hidden_size=64), **kwargs)
+    assert model.layers[0].out.weight.dtype == torch.int8
+    causal = write_remote_backbone(tmp_path / "causal", attention="causal", hidden_size=64)
+    assert "is causal" in refusal(causal, **kwargs)
