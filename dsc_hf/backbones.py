@@ -154,6 +154,8 @@ def readable_errors(what: str, name: str) -> Iterator[None]:
         advice = "Check the path or Hub id, or pass a loaded model."
         raise unreadable(f"The {what} {name!r}", error, advice) from error
     except (RuntimeError, StrictDataclassError) as error:
+        if type(error).__name__ == "OutOfMemoryError" or "meta device" in str(error):  # not the checkpoint's fault
+            raise
         raise ValueError(f"The {what} {name!r} does not fit its config.json: {error}") from error
     except Exception as error:
         if lost_connection(error) and not isinstance(error, ValueError):  # else it has been told already

@@ -30,6 +30,7 @@ from .configuration_dsc import DSCConfig
 logger = logging.get_logger(__name__)
 
 MODEL_AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
+SERVE_AUTO_CLASS = "AutoModelForDecision"  # the only one that `transformers serve --trust-remote-code` tries
 PUSH_ARGUMENTS = (
     *("repo_id", "card", "commit_message", "commit_description", "private", "revision", "create_pr", "tags"),
 )
@@ -197,7 +198,7 @@ class DSCCheckpointMixin:
         adapted = self.backbone is not None and getattr(self.backbone, "_hf_peft_config_loaded", False)
         config.base_adapter = "base_adapter" if adapted else None
         config.auto_map = {"AutoConfig": "configuration_dsc.DSCConfig"}
-        config.auto_map |= dict.fromkeys(MODEL_AUTO_CLASSES, "modeling_dsc.DSCForMaskedDiffusion")
+        config.auto_map |= dict.fromkeys((*MODEL_AUTO_CLASSES, SERVE_AUTO_CLASS), "modeling_dsc.DSCForMaskedDiffusion")
         if merge:
             backbone = self._attached_backbone()
             if adapted or backbone.is_custom_code():

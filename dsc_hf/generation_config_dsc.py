@@ -33,7 +33,6 @@ UNSUPPORTED = {
     "output_scores": False,
     "penalty_alpha": None,
     "prompt_lookup_num_tokens": None,
-    "sequence_bias": None,
     "token_healing": False,
     "watermarking_config": None,
 }
@@ -68,7 +67,8 @@ class DSCGenerationConfig(GenerationConfig):
         output_history (`bool`, defaults to `False`): keep every step.
         kwargs: sampling, stopping and output arguments of [`~transformers.GenerationConfig`]: `do_sample`,
             `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `suppress_tokens`, `bad_words_ids`,
-            `stop_strings`, `max_time`, `num_return_sequences`, `return_dict_in_generate`, special tokens.
+            `sequence_bias`, `stop_strings`, `max_time`, `num_return_sequences`, `return_dict_in_generate`, special
+            tokens.
 
     Raises:
         `ValueError`: an argument is unknown, out of range, or belongs to autoregressive decoding only.
@@ -144,11 +144,14 @@ class DSCGenerationConfig(GenerationConfig):
         for name, choices in (("remasking_score", ["none", *SCORES]), ("remask_scope", ["block", "generated"])):
             if getattr(self, name, None) not in (None, *choices):
                 raise ValueError(f"`{name}={getattr(self, name)!r}` must be one of {choices}.")
-        if any(len(word) != 1 for word in getattr(self, "bad_words_ids", None) or ()):
-            raise ValueError(
-                f"`bad_words_ids={self.bad_words_ids!r}` must be words of one token; tokens are not written in order, "
-                "so longer ones can't be banned."
-            )
+        biased = getattr(self, "sequence_bias", None) or ()
+        biased = [word for word, _ in biased] if isinstance(biased, list) else biased
+        for name, words in (("bad_words_ids", getattr(self, "bad_words_ids", None) or ()), ("sequence_bias", biased)):
+            if any(len(word) != 1 for word in words):
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` must be words of one token; tokens are not written in order, "
+                    "so longer ones can't be told."
+                )
         threshold = getattr(self, "remask_threshold", None)
         if threshold is not None and (
             isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold >= 0

@@ -44,7 +44,8 @@ class DSCGenerationMixin(GenerationMixin):
             logits_processor (`LogitsProcessorList`, *optional*): called with one row for each position: ids `(N, L)`
                 of the whole canvas (mask tokens included) and logits `(N, V)`.
             stopping_criteria (`StoppingCriteriaList`, *optional*): asked when a block is complete, for each of its
-                prefixes as if its tokens had come one by one; the response ends at the first that stops.
+                prefixes as if its tokens had come one by one; the response ends at the first that stops
+                (`MaxTimeCriteria`: behind the block). They get ids `(B, n)`, all rows like the one in question.
             streamer (`BaseStreamer`, *optional*): gets the prompt, final tokens by `put` and, if it has `put_draft`,
                 the response after every step. One row only.
             generator (`torch.Generator` or `int`, *optional*): source or seed of all randomness.
@@ -77,10 +78,12 @@ class DSCGenerationMixin(GenerationMixin):
         blocks = self._blocks(attention_mask, new_tokens, config.block_length)
         attention_mask = torch.nn.functional.pad(attention_mask, (0, new_tokens), value=1)
         run = GenerationRun(self, config, ids, length, _as_generator(generator, ids.device), streamer)
-        run.criteria = self._get_stopping_criteria(
-            generation_config=_criteria_config(config),
-            stopping_criteria=stopping_criteria or StoppingCriteriaList(),
-            tokenizer=tokenizer,
+        run.set_criteria(
+            self._get_stopping_criteria(
+                generation_config=_criteria_config(config),
+                stopping_criteria=stopping_criteria or StoppingCriteriaList(),
+                tokenizer=tokenizer,
+            )
         )
         run.start(blocks, attention_mask, logits_processor)
         return run.output(trim=True)
@@ -129,6 +132,22 @@ class DSCGenerationMixin(GenerationMixin):
         run = GenerationRun(self, config, ids, 0, _as_generator(generator, ids.device), None)
         run.start(blocks, attention_mask, logits_processor)
         return run.output(trim=False)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> None:
+        """Not for diffusion LMs: transformers' continuous batching decodes from left to right with a KV cache.
+
+        Raises:
+            `ValueError`: always.
+        """
+        raise ValueError(
+            "Continuous batching decodes token after token and can't be used with a masked diffusion LM; use "
+            "`generate`, which takes batches of unequal prompts."
+        )
+
+    @property
+    def init_continuous_batching(self) -> None:
+        """Absent (`hasattr` is false), by which `transformers serve --continuous-batching` knows to use `generate`."""
+        raise AttributeError("init_continuous_batching")
 
     def adjust_generation_fn(
         self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, **kwargs: Any
@@ -185,6 +204,12 @@ class DSCGenerationMixin(GenerationMixin):
             config.max_remasks_per_block = config.block_length
         if config.remasking_score == "head":
             self.require_trained_head()
+        wrapper = getattr(self.prepare_inputs_for_generation, "__self__", self)  # peft puts its own there
+        if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                f"A {type(wrapper.active_peft_config).__name__} adapter works through embeddings or a KV cache, which "
+                "diffusion decoding does not have: it would be ignored. Use another adapter, such as LoRA."
+            )
         return config
 
     def _blocks(self, attention_mask: torch.Tensor, new_tokens: int, block_length: int) -> torch.Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessorList, MaxTimeCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import ModelOutput
 
 from .decoding import Canvas, DecodingOptions, DecodingStep, decode, judge, predict
@@ -45,6 +46,7 @@ class GenerationRun:
         self.model, self.config, self.generator, self.streamer = model, config, generator, streamer
         self.prompt_length, self.infilling = prompt_length, prompt_length == 0
         self.criteria = StoppingCriteriaList()
+        self.row_criteria: dict[int, StoppingCriteriaList] = {}
         self.deadline = torch.inf if config.max_time is None else time.monotonic() + config.max_time
         self.ids = ids.clone()
         self.history: list[DecodingStep] | None = [] if config.output_history else None
@@ -55,6 +57,14 @@ class GenerationRun:
         self.errors = torch.full(ids.shape, torch.nan)
         self.written = torch.ones(ids.shape)
         self.streamed = prompt_length
+
+    def set_criteria(self, criteria: StoppingCriteriaList) -> None:
+        """Take the stopping criteria; one of time ends rows where a block ends, not within it."""
+        timers = [criterion for criterion in criteria if type(criterion) is MaxTimeCriteria]
+        self.criteria = StoppingCriteriaList(criterion for criterion in criteria if criterion not in timers)
+        for timer in timers:
+            left = timer.initial_timestamp + timer.max_time - time.time()
+            self.deadline = min(self.deadline, time.monotonic() + left)
 
     def start(self, blocks, attention_mask, logits_processor: LogitsProcessorList | None) -> None:
         """Decode everything."""
@@ -118,16 +128,17 @@ class GenerationRun:
             self.forward_passes[row] = canvas.forward_passes[i]
             self.tokens_remasked[row] = canvas.state.remasks[i].sum().cpu()
             columns = (canvas.blocks[i] == canvas.current[i]).nonzero()[:, 0].tolist()
-            end = None if self.infilling else self._end_of_row(self.ids[row], columns)
+            end = None if self.infilling else self._end_of_row(row, columns)
             if end is not None:
                 done[i], self.ends[row] = True, end
             if self.streamer is not None and self.config.remask_scope == "block":
                 self.stream(end or columns[-1] + 1)
         return done
 
-    def _end_of_row(self, ids: torch.Tensor, columns: list[int]) -> int | None:
+    def _end_of_row(self, row: int, columns: list[int]) -> int | None:
         """The column behind the token that ends the row, if one does: in these columns or, where tokens of earlier
         blocks may have changed, in the response."""
+        ids = self.ids[row]
         begin = self.prompt_length if self.config.remask_scope == "generated" else columns[0]
         found = torch.isin(ids[begin : columns[-1] + 1], self.eos).nonzero()[:1, 0].tolist()
         eos_end = begin + found[0] + 1 if found else None
@@ -135,11 +146,19 @@ class GenerationRun:
             for column in range(begin, columns[-1] + 1):
                 if eos_end is not None and column >= eos_end:
                     break
-                if bool(self.criteria(ids[None, : column + 1], None).all()):
+                if self._stops(row, ids[: column + 1]):
                     return column + 1
         if eos_end is None and time.monotonic() >= self.deadline:
             return columns[-1] + 1
         return eos_end
+
+    def _stops(self, row: int, ids: torch.Tensor) -> bool:
+        """Ask the stopping criteria about one row, as if all rows of the batch were like it: some (lm-eval's) keep a
+        verdict for each row. For the same reason each row of a batch has its own copy of them."""
+        batch = len(self.ids)
+        if batch > 1 and row not in self.row_criteria:
+            self.row_criteria[row] = StoppingCriteriaList(_twin(criterion) for criterion in self.criteria)
+        return bool(self.row_criteria.get(row, self.criteria)(ids.expand(batch, -1), None)[row])
 
     def output(self, trim: bool) -> torch.LongTensor | DSCGenerationOutput:
         """Pad what stands behind each row's end and put the output together."""
@@ -181,6 +200,14 @@ class GenerationRun:
         prediction = predict(self.model, canvas, self.options, everything, self.options.score == "head")
         self.forward_passes += 1
         return judge(prediction, canvas.written, self.options).cpu()
+
+
+def _twin(criterion):
+    """A copy with its own lists, dicts and sets, which shares all else (tokenizers, events)."""
+    twin = copy.copy(criterion)
+    state = getattr(twin, "__dict__", {})
+    state.update({name: copy.copy(value) for name, value in state.items() if isinstance(value, (list, dict, set))})
+    return twin
 
 
 __all__ = ["DSCGenerationOutput", "GenerationRun"]

@@ -28,6 +28,7 @@ from .backbones import (
     token_ids_of,
     without_peft_wrapper,
 )
+from .causal_use import refuse_causal_use
 from .checkpoints_dsc import DSCCheckpointMixin
 from .configuration_dsc import DSCConfig
 from .correction_head import CorrectionHead, reread_inputs
@@ -86,6 +87,7 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
     generation_config_class = DSCGenerationConfig
     base_model_prefix = "dsc"
     main_input_name = "input_ids"
+    accepts_loss_kwargs = False  # Trainer: the loss is a mean over this batch, whatever `num_items_in_batch` says
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -232,6 +234,21 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         """The backbone's token embeddings."""
         return self._attached_backbone().get_input_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the backbone's token embeddings."""
+        self._attached_backbone().set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> None:
+        """Not here: the backbone is frozen and the head was made for its vocabulary.
+
+        Raises:
+            `ValueError`: always.
+        """
+        raise ValueError(
+            "The embeddings of a wrapped backbone can't be resized, its head was made for this vocabulary; resize the "
+            "backbone, train it, and wrap it with `from_backbone`."
+        )
+
     def get_output_embeddings(self) -> nn.Module | None:
         """The backbone's LM head."""
         return None if self.backbone is None else self.backbone.get_output_embeddings()
@@ -280,7 +297,8 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         position_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         output_error_logits: bool | None = None,
-        return_dict: bool = True,
+        return_dict: bool | None = None,
+        **kwargs: Any,
     ) -> DSCOutput | tuple:
         """Predict every token and, with the head, how likely each visible one is wrong.
 
@@ -291,11 +309,19 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
             labels (`torch.LongTensor`, *optional*): `(B, L)`, the correct ids, -100 where there is no loss. The loss
                 is the mean of eq. 4.1 over visible labelled positions; the backbone gets no gradient.
             output_error_logits (`bool`, *optional*): ask the head; by default if it has been trained.
-            return_dict (`bool`): return a [`DSCOutput`] instead of a tuple.
+            return_dict (`bool`, *optional*): return a [`DSCOutput`], the default, or a tuple.
+            kwargs: what wrappers pass on to any LM (`inputs_embeds`, `use_cache`, ...); only as None or False.
 
         Raises:
-            `ValueError`: scores were asked of an untrained head.
+            `ValueError`: scores were asked of an untrained head, an argument is unknown, or lm-eval takes this for a
+                causal LM.
         """
+        refuse_causal_use()
+        unknown = [name for name, value in kwargs.items() if value is not None and value is not False]
+        if unknown:
+            raise ValueError(
+                f"`{unknown[0]}` is no argument of DSCForMaskedDiffusion's forward(); `model.backbone` may take it."
+            )
         if output_error_logits and labels is None:
             self.require_trained_head()
         logits, hidden_states = self.read(input_ids, attention_mask, position_ids)
@@ -306,7 +332,7 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
             counted = (labels != -100) & (input_ids != self.config.mask_token_id)
             loss = correction_loss(error_logits, input_ids == labels, counted) / counted.sum().clamp(min=1)
         output = DSCOutput(loss=loss, logits=logits, error_logits=error_logits)
-        return output if return_dict else output.to_tuple()
+        return output.to_tuple() if return_dict is False else output
 
     def require_trained_head(self) -> None:
         """Raise a `ValueError` if the head has not been trained."""

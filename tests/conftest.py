@@ -193,3 +193,30 @@ def backbone_folder(tmp_path, tokenizer):
     make_llama().save_pretrained(tmp_path / "backbone")
     tokenizer.save_pretrained(tmp_path / "backbone")
     return tmp_path / "backbone"
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def _shared_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    make_llama(max_position_embeddings=2048).save_pretrained(folder / "backbone")
+    tokenizer.save_pretrained(folder / "backbone")
+    model = make_model(folder / "backbone")
+    model.generation_config.update(block_length=8, remasking_score="head", max_new_tokens=16, eos_token_id=EOS)
+    model.save_pretrained(folder / "head")
+    tokenizer.save_pretrained(folder / "head")
+    return folder / "head"
+
+
+@pytest.fixture
+def checkpoint(_shared_checkpoint) -> str:
+    """Path of a saved head that names its backbone, with a tokenizer that has a chat template, and decoding defaults
+    that take tokens back. Read only."""
+    return str(_shared_checkpoint)
