@@ -114,10 +114,11 @@ def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return zeros.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
-def position_offset(model: PreTrainedModel) -> int:
-    """The position id of the first token: `padding_idx + 1` in the RoBERTa family, 0 elsewhere."""
-    for module in model.modules():
-        if hasattr(module, "create_position_ids_from_input_ids") and hasattr(module, "padding_idx"):
+def position_offset(model: nn.Module) -> int:
+    """The position id of the first token: `padding_idx + 1` where position embeddings have a place for padding (the
+    RoBERTa family, ESM), 0 elsewhere."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return module.padding_idx + 1
     return 0
 

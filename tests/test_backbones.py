@@ -5,17 +5,24 @@ import shutil
 
 import pytest
 import torch
-from conftest import EOS, MASK, VOCAB, make_bert, make_llama, make_roberta
+from conftest import EOS, MASK, PAD, VOCAB, left_pad, make_bert, make_llama, make_model, make_roberta, prompt_ids
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AlbertConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    BertConfig,
+    DebertaV2Config,
+    ElectraConfig,
+    EsmConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaModel,
+    ModernBertConfig,
+    RobertaConfig,
 )
 
-from dsc_hf import backbones
+from dsc_hf import DSCForMaskedDiffusion, backbones
 from dsc_hf.backbone_forward import align_logits, aligned_logits, position_offset, transformer_blocks
 from dsc_hf.backbones import auto_class_of, load_backbone, mask_token_id_of
 
@@ -186,3 +193,50 @@ def test_aligned_logits_reads_the_shift_from_the_config():
     plain = aligned_logits(make_llama(), ids, None)
     shifted = aligned_logits(make_llama(logits_shift=1), ids, None)
     assert torch.equal(shifted[:, 1:], plain[:, :-1])
+
+
+# Stock masked LMs
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+SIZES |= {"vocab_size": VOCAB, "max_position_embeddings": 64, "pad_token_id": PAD, "initializer_range": 0.6}
+WITHOUT_BERT_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
+STOCK = {
+    "bert": (BertConfig, {}),
+    "roberta": (RobertaConfig, {}),
+    "modernbert": (ModernBertConfig, {"local_attention": 8, "global_attn_every_n_layers": 2, **WITHOUT_BERT_TOKENS}),
+    "esm": (EsmConfig, {"position_embedding_type": "rotary", "token_dropout": True}),
+    "esm with absolute positions": (EsmConfig, {"position_embedding_type": "absolute", "token_dropout": True}),
+    "electra": (ElectraConfig, {"embedding_size": 16}),
+    "deberta": (DebertaV2Config, {}),
+}
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_any_stock_masked_lm_is_a_backbone(kind, tmp_path):
+    """Wrapping adds nothing, padding changes nothing, and both kinds of checkpoints come back."""
+    config_class, changes = STOCK[kind]
+    backbone = AutoModelForMaskedLM.from_config(config_class(**{**SIZES, **changes}, mask_token_id=MASK)).eval()
+    model = make_model(backbone)
+    ids = prompt_ids(9, rows=2)
+    ids[:, 3] = MASK
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, backbone(ids).logits)
+    padded, mask = left_pad([ids[0], ids[1, :6]])
+    together = model(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    for row, alone in ((0, model(ids[:1])), (1, model(ids[1:, :6]))):
+        length = alone.logits.shape[1]
+        torch.testing.assert_close(together.logits[row, -length:], alone.logits[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together.error_logits[row, -length:], alone.error_logits[0], rtol=1e-4, atol=1e-4)
+    backbone.save_pretrained(tmp_path / "backbone")
+    model.config.base_model_name_or_path = "../backbone"
+    for merge in (False, True):
+        model.save_pretrained(tmp_path / "model", merge_backbone=merge)
+        again = DSCForMaskedDiffusion.from_pretrained(tmp_path / "model")
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    assert (again.generate(prompt_ids(), max_new_tokens=6, remasking_score="head") != MASK).all()
+
+
+def test_shared_layers_have_no_block_to_tap():
+    backbone = AutoModelForMaskedLM.from_config(AlbertConfig(**SIZES, embedding_size=16, mask_token_id=MASK))
+    with pytest.raises(ValueError, match="AlbertForMaskedLM has no list of `num_hidden_layers=3` blocks"):
+        make_model(backbone)
