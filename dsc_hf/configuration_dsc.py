@@ -25,6 +25,7 @@ class DSCConfig(PreTrainedConfig):
         token_count (`int`, *optional*): ids from here on are padding of the embeddings and never generated.
         vocab_size (`int`), backbone_hidden_size (`int`), backbone_num_layers (`int`): shapes of the backbone that the
             head was made for.
+        max_position_embeddings (`int`, *optional*): longest sequence of the backbone, prompt and response together.
         tap_layer (`int`, defaults to -2): the block whose output the head reads (arXiv 2601.06428, A.2: the last but
             one), counted from the end if negative.
         head_hidden_size (`int`, *optional*): width of the head; by default that of the backbone, at most 2048.
@@ -52,6 +53,7 @@ class DSCConfig(PreTrainedConfig):
     vocab_size: int | None = None
     backbone_hidden_size: int | None = None
     backbone_num_layers: int | None = None
+    max_position_embeddings: int | None = None
     tap_layer: int = -2
     head_hidden_size: int | None = None
     head_num_layers: int = 2

@@ -173,6 +173,7 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
             vocab_size=embedding_count(model),
             backbone_hidden_size=text_config.hidden_size,
             backbone_num_layers=len(transformer_blocks(model)),
+            max_position_embeddings=max_positions(model),
             **token_ids_of(model, tokenizer),
             **head_arguments,
         )
