@@ -111,6 +111,7 @@ def load_backbone(
             config=config,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             key_mapping=None if family is None else family.key_mapping,
             **kwargs,
         )
@@ -167,8 +168,11 @@ def readable_errors(what: str, name: str) -> Iterator[None]:
 
 def refuse_incomplete(name: str, loading_info: dict[str, Any], ignore: tuple[str, ...] = ()) -> None:
     """Raise a `ValueError` if `from_pretrained` reported weights that are missing or have another shape."""
-    missing = sorted(k for k in loading_info.get("missing_keys", ()) if not k.startswith(ignore) or not ignore)
-    misfit = [k if isinstance(k, str) else k[0] for k in loading_info.get("mismatched_keys", ())]
+    mismatched = sorted(loading_info.get("mismatched_keys", ()), key=str)
+    misfit = [k if isinstance(k, str) else f"{k[0]} is {tuple(k[1])}, not {tuple(k[2])}" for k in mismatched]
+    found = {k if isinstance(k, str) else k[0] for k in mismatched}
+    missing = sorted(k for k in loading_info.get("missing_keys", ()) if not (ignore and k.startswith(ignore)))
+    missing = [k for k in missing if k not in found]
     if missing or misfit:
         raise ValueError(
             f"The checkpoint {name!r} does not hold the weights that its config.json describes: missing "

@@ -4,7 +4,6 @@ all."""
 from __future__ import annotations
 
 import copy
-import importlib
 import os
 import posixpath
 import shutil
@@ -18,12 +17,20 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
+from transformers.utils import logging
 
-from .backbones import LOCATION_ARGUMENTS, freeze, load_backbone, readable_errors, refuse_incomplete
+from .adapters_dsc import ADAPTER_FOLDER, active_adapter, adapter_layers, has_adapter, load_adapter, save_adapter
+from .backbones import (
+    LOCATION_ARGUMENTS,
+    freeze,
+    load_backbone,
+    readable_errors,
+    refuse_incomplete,
+    without_peft_wrapper,
+)
 from .card_push import CardPush, is_generated
 from .configuration_dsc import DSCConfig
 
@@ -34,7 +41,11 @@ SERVE_AUTO_CLASS = "AutoModelForDecision"  # the only one that `transformers ser
 PUSH_ARGUMENTS = (
     *("repo_id", "card", "commit_message", "commit_description", "private", "revision", "create_pr", "tags"),
 )
-BACKBONE_ARGUMENTS = ("dtype", "torch_dtype", "device_map", "quantization_config", "attn_implementation", "max_memory")
+BACKBONE_ARGUMENTS = (
+    *("dtype", "torch_dtype", "quantization_config", "attn_implementation", "experts_implementation"),
+    *("device_map", "max_memory", "offload_folder", "offload_buffers", "offload_state_dict", "low_cpu_mem_usage"),
+    *("tp_plan", "tp_size", "device_mesh", "distributed_config", "use_kernels", "kernel_config", "allow_all_kernels"),
+)
 
 
 class DSCCheckpointMixin:
@@ -46,8 +57,8 @@ class DSCCheckpointMixin:
         pretrained_model_name_or_path: str | os.PathLike,
         *model_args: Any,
         config: DSCConfig | None = None,
-        backbone: PreTrainedModel | None = None,
-        head_dtype: torch.dtype | None = None,
+        backbone: str | os.PathLike | PreTrainedModel | None = None,
+        head_dtype: str | torch.dtype | None = None,
         output_loading_info: bool = False,
         **kwargs: Any,
     ):
@@ -56,11 +67,12 @@ class DSCCheckpointMixin:
         Args:
             pretrained_model_name_or_path (`str`): folder or Hub id.
             config ([`DSCConfig`], *optional*): instead of the stored one.
-            backbone (`PreTrainedModel`, *optional*): use this loaded backbone instead of the one that is named.
-            head_dtype (`torch.dtype`, *optional*): precision of the head; fp32 by default.
-            kwargs: as of [`~transformers.PreTrainedModel.from_pretrained`]: `dtype`, `device_map`,
-                `quantization_config` and `attn_implementation` are for the backbone, `revision` is the head's (the
-                backbone's own is in the config), `trust_remote_code` lets a backbone run its own code.
+            backbone (`PreTrainedModel` or `str`, *optional*): use this backbone, loaded or to be loaded, instead of
+                the one that is named. An adapter that the checkpoint has is put into it, unless it has one.
+            head_dtype (`torch.dtype` or `str`, *optional*): precision of the head; fp32 by default.
+            kwargs: as of [`~transformers.PreTrainedModel.from_pretrained`]: precision, placement, quantisation and
+                `attn_implementation` are for the backbone, `revision` is the head's (the backbone's own is in the
+                config), `trust_remote_code` lets a backbone run its own code.
 
         Raises:
             `ValueError`: the checkpoint is incomplete or corrupt, or the backbone is missing or another one.
@@ -68,33 +80,54 @@ class DSCCheckpointMixin:
         name = os.fspath(pretrained_model_name_or_path)
         trust_remote_code = bool(kwargs.pop("trust_remote_code", False))
         where = {k: kwargs[k] for k in LOCATION_ARGUMENTS if k in kwargs}
+        head_dtype = as_dtype("head_dtype", head_dtype)
         with readable_errors("checkpoint", name):
             if not isinstance(config, PreTrainedConfig):
-                config = DSCConfig.from_pretrained(config or name, **where)
+                config = _load_config(os.fspath(config or name), where)
             _refuse_incomplete_config(name, config)
             head_kwargs = dict(kwargs)
             if config.base_config is None:
                 backbone_kwargs = {k: head_kwargs.pop(k) for k in BACKBONE_ARGUMENTS if k in kwargs}
-                if "attn_implementation" not in backbone_kwargs and config._attn_implementation is not None:
-                    backbone_kwargs["attn_implementation"] = config._attn_implementation
-                if backbone is None:
+                if isinstance(backbone, nn.Module):
+                    if backbone_kwargs:
+                        raise ValueError(
+                            f"`{next(iter(backbone_kwargs))}` can't be applied to a backbone that is already loaded."
+                        )
+                    backbone = without_peft_wrapper(backbone)
+                else:
+                    if "attn_implementation" not in backbone_kwargs and config._attn_implementation is not None:
+                        backbone_kwargs["attn_implementation"] = config._attn_implementation
                     backbone_kwargs["trust_remote_code"] = trust_remote_code
-                    backbone = cls._load_named_backbone(name, config, {**where, **backbone_kwargs})
-                    if config.base_adapter is not None:
-                        _load_adapter(backbone, name, config.base_adapter, where)
+                    backbone = cls._load_named_backbone(name, config, backbone, {**where, **backbone_kwargs})
+                if config.base_adapter is not None and not has_adapter(backbone):
+                    load_adapter(backbone, name, config.base_adapter, where)
                 config._attn_implementation = backbone.config._attn_implementation
-            head_kwargs.update(config=config, use_safetensors=True, output_loading_info=True)
-            model, info = super().from_pretrained(name, *model_args, **head_kwargs)
+            elif backbone is not None:
+                raise ValueError(
+                    f"The checkpoint {name!r} is merged: its backbone's weights are in it, and `backbone=` would not "
+                    "be used. Leave it out, or save the head only (`save_pretrained(..., merge_backbone=False)`)."
+                )
+            head_kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, info = super().from_pretrained(name, *model_args, config=config, **head_kwargs)
         refuse_incomplete(name, info)
+        _refuse_unknown(name, info)
         if config.base_config is None:
             model.attach_backbone(backbone)
+        else:
+            model.refuse_misfit(model.backbone)
         freeze(model._attached_backbone())
         if head_dtype is not None:
             model.correction_head.to(head_dtype)
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _load_named_backbone(cls, name: str, config: DSCConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
+    def _load_named_backbone(
+        cls, name: str, config: DSCConfig, given: str | os.PathLike | None, kwargs: dict[str, Any]
+    ) -> PreTrainedModel:
+        # `revision` and `subfolder` are the head's
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("revision", "subfolder")}
+        if given is not None:
+            return load_backbone(os.fspath(given), **kwargs)
         base = config.base_model_name_or_path
         if base is None:
             raise ValueError(
@@ -104,9 +137,6 @@ class DSCCheckpointMixin:
         if base.startswith("../"):
             path = os.path if os.path.isdir(name) else posixpath
             base = path.normpath(path.join(name, base))
-        kwargs = {
-            k: v for k, v in kwargs.items() if k not in ("revision", "subfolder")
-        }  # the head's, not the backbone's
         if config.base_model_revision is not None:
             kwargs["revision"] = config.base_model_revision
         return load_backbone(base, **kwargs)
@@ -135,7 +165,7 @@ class DSCCheckpointMixin:
             with self._config_for_saving(merge):
                 super().save_pretrained(aside, **kwargs)
                 if self.config.base_adapter is not None:
-                    _save_adapter(self.backbone, aside / self.config.base_adapter)
+                    save_adapter(without_peft_wrapper(self.backbone), aside / self.config.base_adapter)
                 _copy_code(type(self), aside)
             files = [path for path in aside.rglob("*") if path.is_file()]
             for path in sorted(files, key=lambda path: path.suffix == ".json"):  # weights before configs
@@ -195,8 +225,15 @@ class DSCCheckpointMixin:
         """Make config, ignored keys and generation defaults those of the kind of checkpoint that is written."""
         config, ignored = self.config, self._keys_to_ignore_on_save
         kept = config.base_config, self.generation_config
-        adapted = self.backbone is not None and getattr(self.backbone, "_hf_peft_config_loaded", False)
-        config.base_adapter = "base_adapter" if adapted else None
+        if adapter_layers(self.correction_head):
+            raise ValueError(
+                "The correction head has an adapter: save that (`PeftModel.save_pretrained`), or merge it first "
+                "(`merge_and_unload`)."
+            )
+        adapted = has_adapter(self.backbone)
+        if adapted and not merge:
+            active_adapter(without_peft_wrapper(self.backbone))
+        config.base_adapter = ADAPTER_FOLDER if adapted else None
         config.auto_map = {"AutoConfig": "configuration_dsc.DSCConfig"}
         config.auto_map |= dict.fromkeys((*MODEL_AUTO_CLASSES, SERVE_AUTO_CLASS), "modeling_dsc.DSCForMaskedDiffusion")
         if merge:
@@ -204,6 +241,12 @@ class DSCCheckpointMixin:
             if adapted or backbone.is_custom_code():
                 what = "has an adapter (merge it first: `merge_and_unload`)" if adapted else "runs remote code"
                 raise ValueError(f"`merge_backbone=True`: the backbone {what}; save the head only.")
+            if getattr(backbone, "hf_quantizer", None) is not None:
+                raise ValueError(
+                    "`merge_backbone=True`: the backbone is quantised, and its packed weights can't be read from a "
+                    "merged checkpoint. Save the head only, or `dequantize()` the backbone, or merge it unquantised "
+                    "and load the merged checkpoint with `quantization_config=`."
+                )
             config.base_config = {**backbone.config.to_dict(), "architectures": [type(backbone).__name__]}
             self._keys_to_ignore_on_save = set()
         else:
@@ -232,25 +275,33 @@ def _refuse_incomplete_config(name: str, config: DSCConfig) -> None:
         raise ValueError(f"The config of {name!r} lacks `{missing[0]}`: it is no checkpoint of dsc_hf; save it again.")
 
 
-def _save_adapter(backbone: PreTrainedModel, folder: Path) -> None:
-    """Save the backbone's active adapter as peft does. (transformers' own way reads the original config.json again,
-    which a stock config class can't.)"""
-    peft = importlib.import_module("peft")  # needed here only
-    (adapter,) = backbone.active_adapters()
-    weights = peft.get_peft_model_state_dict(backbone, adapter_name=adapter, save_embedding_layers=False)
-    folder.mkdir()
-    save_file(
-        {f"base_model.model.{k}": v.contiguous() for k, v in weights.items()}, folder / ADAPTER_SAFE_WEIGHTS_NAME
-    )
-    backbone.peft_config[adapter].save_pretrained(folder)
+def _refuse_unknown(name: str, loading_info: dict[str, Any]) -> None:
+    """Raise a `ValueError` for weights that the model has no place for: it was another one that was saved."""
+    unknown = sorted(k for k in loading_info.get("unexpected_keys", ()) if not k.endswith("rotary_emb.inv_freq"))
+    if unknown:
+        raise ValueError(
+            f"The checkpoint {name!r} holds weights that its config.json does not speak of: {unknown[:5]} "
+            f"({len(unknown)}). Without them it would compute something else; fetch or save it again."
+        )
 
 
-def _load_adapter(backbone: PreTrainedModel, name: str, folder: str, where: dict[str, Any]) -> None:
-    """Put the checkpoint's LoRA into the backbone."""
-    where = dict(where)
-    folder = "/".join(part for part in (where.pop("subfolder", None), folder) if part)
-    local = where.pop("local_files_only", False)
-    backbone.load_adapter(name, adapter_kwargs={**where, "subfolder": folder}, local_files_only=local)
+def _load_config(name: str, where: dict[str, Any]) -> DSCConfig:
+    try:
+        return DSCConfig.from_pretrained(name, **where)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"config.json of {name!r} is no config of a DSC model: {error}") from error
+
+
+def as_dtype(name: str, value: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype given as it is or by its name.
+
+    Raises:
+        `ValueError`: there is no such floating dtype.
+    """
+    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if value is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"`{name}={value!r}` is no floating dtype; give one such as 'bfloat16'.")
+    return dtype
 
 
 def _copy_code(model_class: type, folder: Path) -> None:
@@ -260,4 +311,4 @@ def _copy_code(model_class: type, folder: Path) -> None:
         shutil.copyfile(path, folder / Path(path).name)
 
 
-__all__ = ["DSCCheckpointMixin"]
+__all__ = ["DSCCheckpointMixin", "as_dtype"]

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+
+STORED_FIELDS = (
+    *("mask_token_id", "vocab_size", "token_count", "backbone_hidden_size", "backbone_num_layers", "logits_shift"),
+    *("attention_block_length", "padding_mask", "tap_layer", "head_hidden_size", "head_intermediate_size"),
+    *("head_num_layers", "head_num_attention_heads", "head_reread", "head_trained", "rms_norm_eps", "rope_theta"),
+    *("base_config", "base_adapter", "backbone_fingerprint"),
+)
+"""Fields that decide what a checkpoint computes: its config.json must have them, None where there is none."""
 
 
 class DSCConfig(PreTrainedConfig):
@@ -21,6 +30,8 @@ class DSCConfig(PreTrainedConfig):
         logits_shift (`int`, defaults to 0): position `i - logits_shift` of the backbone predicts token `i`; 0 or 1.
         attention_block_length (`int`, *optional*): the backbone's attention is full within blocks of so many positions
             and causal between them; None for full attention.
+        attention_block_override (`bool`, defaults to `False`): the block length is another than the backbone's config
+            says, on purpose.
         padding_mask (`str`, defaults to `"2d"`): how padding is told to the backbone; see `backbone_forward.py`.
         token_count (`int`, *optional*): ids from here on are padding of the embeddings and never generated.
         vocab_size (`int`), backbone_hidden_size (`int`), backbone_num_layers (`int`): shapes of the backbone that the
@@ -48,6 +59,7 @@ class DSCConfig(PreTrainedConfig):
     mask_token_id: int | None = None
     logits_shift: int = 0
     attention_block_length: int | None = None
+    attention_block_override: bool = False
     padding_mask: str = "2d"
     token_count: int | None = None
     vocab_size: int | None = None
@@ -67,6 +79,24 @@ class DSCConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """Make a config of what is in a config.json.
+
+        Raises:
+            `ValueError`: a field that decides what is computed is missing, or has a value of another type.
+        """
+        missing = [field for field in STORED_FIELDS if field not in config_dict]
+        if missing:
+            raise ValueError(
+                f"config.json lacks `{missing[0]}`, which decides what the model computes: it is no whole checkpoint "
+                "of dsc_hf; save it again."
+            )
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (TypeError, AttributeError, StrictDataclassError) as error:
+            raise ValueError(f"config.json is no config of a DSC model: {error}") from error
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -93,7 +123,14 @@ class DSCConfig(PreTrainedConfig):
                 f"`attention_block_length={self.attention_block_length}` must be at least 1, or None for full "
                 "attention."
             )
+        if self.base_config is not None and "model_type" not in self.base_config:
+            raise ValueError("`base_config` lacks `model_type`: it is no config of a backbone.")
+        mask, size = self.mask_token_id, self.vocab_size
+        if mask is not None and size is not None and not 0 <= mask < size:
+            raise ValueError(f"`mask_token_id={mask}` is outside the backbone's {size} embeddings.")
         depth = self.backbone_num_layers
+        if depth is None:
+            raise ValueError("The config lacks `backbone_num_layers`: it is no checkpoint of dsc_hf; save it again.")
         if not -depth <= self.tap_layer < depth:
             raise ValueError(
                 f"`tap_layer={self.tap_layer}` is outside the backbone, which has {depth} blocks; choose "
@@ -101,4 +138,4 @@ class DSCConfig(PreTrainedConfig):
             )
 
 
-__all__ = ["DSCConfig"]
+__all__ = ["STORED_FIELDS", "DSCConfig"]

@@ -7,56 +7,59 @@ import re
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
-SAMPLED_NUMBERS = 64
+from .backbone_weights import weight_files
+
+HASHED_NUMBERS = 64
+STORED_NUMBERS = 8
+TOLERANCE = 1 / 128  # relative, for numbers that have been rounded to bf16 and to fp16
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def backbone_fingerprint(backbone: nn.Module) -> dict[str, Any]:
-    """Number of parameters, and hashes of shape and some numbers of one weight of each kind, at different depths.
+    """Number of parameters, and some numbers of one weight of each kind, at different depths.
 
-    The numbers are rounded to bfloat16, so that the fingerprint is that of the checkpoint, whether it was loaded in
-    fp32 or bf16. Adapters don't count.
+    The hashed numbers are rounded to bfloat16, so that the fingerprint is that of the checkpoint, whether it was
+    loaded in fp32 or bf16. Where fp16 is involved, a few numbers that are stored are compared with a tolerance.
+    Adapters and quantised weights don't count.
 
     Returns:
-        `dict`: `parameters` (int), `dtype` (str) and `samples`, the name of each sampled weight to its hash.
+        `dict`: `parameters` (int, None of a quantised model, whose weights may be packed), `dtype` (str), `samples`,
+        the name of each sampled weight to its hash, and `values`, to some of its numbers.
     """
-    weights = _own_parameters(backbone)
+    weights = own_parameters(backbone)
     kinds: dict[str, list[str]] = {}
     for name, weight in weights.items():
         if _is_readable(weight):
             kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
     sampled = [names[i % len(names)] for i, names in enumerate(kinds.values())]
+    fp16 = any(weights[name].dtype == torch.float16 for name in sampled)
     return {
-        "parameters": sum(weight.numel() for weight in weights.values()),
-        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "parameters": None if _is_quantised(backbone) else sum(weight.numel() for weight in weights.values()),
+        "dtype": "float16" if fp16 else str(backbone.dtype).removeprefix("torch."),
         "samples": {name: _hash(weights[name]) for name in sampled},
+        "values": {name: _values(weights[name]) for name in sampled},
     }
 
 
 def refuse_other_backbone(backbone: nn.Module, fingerprint: dict[str, Any]) -> None:
-    """Raise a `ValueError` if a backbone is not the one that a fingerprint was taken of.
+    """Raise a `ValueError` if a backbone is not the one that a fingerprint was taken of, or if it is none.
 
-    Quantised weights and those on no device can't be compared and are left out; fp16 rounds too differently from
-    bfloat16 to be compared with another precision.
+    Quantised weights and those on no device can't be compared and are left out.
     """
-    weights = _own_parameters(backbone)
-    count = sum(weight.numel() for weight in weights.values())
-    quantised = getattr(backbone, "is_quantized", False)
+    _refuse_malformed(fingerprint)
+    weights = own_parameters(backbone)
+    count, expected = sum(weight.numel() for weight in weights.values()), fingerprint["parameters"]
     differences = []
-    if count != fingerprint["parameters"] and not quantised:
-        differences.append(f"it has {count:,} parameters, not {fingerprint['parameters']:,}")
-    dtypes = {str(backbone.dtype).removeprefix("torch."), fingerprint["dtype"]}
-    if "float16" not in dtypes or len(dtypes) == 1:
-        changed = [
-            name
-            for name, value in fingerprint["samples"].items()
-            if name in weights and _is_readable(weights[name]) and _hash(weights[name]) != value
-        ]
-        if changed:
-            differences.append(
-                f"{len(changed)} of {len(fingerprint['samples'])} sampled weights differ ({changed[0]})"
-            )
+    if expected not in (None, count) and not _is_quantised(backbone):
+        differences.append(f"it has {count:,} parameters, not {expected:,}")
+    changed = [
+        name for name in fingerprint["samples"] if name in weights and _differs(weights[name], name, fingerprint)
+    ]
+    if changed:
+        differences.append(f"{len(changed)} of {len(fingerprint['samples'])} sampled weights differ ({changed[0]})")
     if differences:
         raise ValueError(
             f"This is another backbone than the head was trained on: {' and '.join(differences)}. Load the original "
@@ -65,24 +68,79 @@ def refuse_other_backbone(backbone: nn.Module, fingerprint: dict[str, Any]) -> N
         )
 
 
-def _own_parameters(backbone: nn.Module) -> dict[str, torch.Tensor]:
+def differs_from_files(fingerprint: dict[str, Any], name: str, revision: str | None = None) -> str | None:
+    """A weight that a checkpoint on this machine holds with other values than a fingerprint; None if all are the same
+    or can't be compared (nothing is fetched; another class may have other names)."""
+    try:
+        files = weight_files(name, revision=revision, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for key in fingerprint["samples"].keys() & set(file.keys()):
+                if _differs(file.get_tensor(key), key, fingerprint):
+                    return key
+    return None
+
+
+def own_parameters(backbone: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters without those of adapters, under the names that they have without adapters."""
-    return {
-        name.replace(".base_layer.", "."): parameter
-        for name, parameter in backbone.named_parameters()
-        if "lora_" not in name and ".modules_to_save." not in name
-    }
+    inside = {}  # a wrapping layer of peft's to the module in it that was there before
+    for name, module in backbone.named_modules():
+        for inner in ("base_layer", "original_module"):
+            if isinstance(getattr(module, inner, None), nn.Module):
+                inside[name] = f"{name}.{inner}."
+    own = {}
+    for name, parameter in backbone.named_parameters():
+        parts = name.split(".")
+        wrappers = [inside[parent] for i in range(1, len(parts)) if (parent := ".".join(parts[:i])) in inside]
+        if all(name.startswith(inner) for inner in wrappers):
+            own[re.sub(r"\.(base_layer|original_module)\.", ".", name)] = parameter
+    return own
+
+
+def _refuse_malformed(fingerprint: Any) -> None:
+    keys = {"parameters": (int, type(None)), "dtype": str, "samples": dict}
+    if not isinstance(fingerprint, dict) or any(not isinstance(fingerprint.get(k, ...), t) for k, t in keys.items()):
+        raise ValueError(
+            f"`backbone_fingerprint={fingerprint!r}` in the head's config is no fingerprint (a dict with "
+            f"{', '.join(keys)}); save the head again."
+        )
 
 
 def _is_readable(weight: torch.Tensor) -> bool:
-    return weight.is_floating_point() and weight.device.type != "meta"
+    return weight.dtype in FLOATS and weight.device.type != "meta"
+
+
+def _is_quantised(backbone: nn.Module) -> bool:
+    return getattr(backbone, "hf_quantizer", None) is not None or bool(getattr(backbone, "is_quantized", False))
+
+
+def _differs(weight: torch.Tensor, name: str, fingerprint: dict[str, Any]) -> bool:
+    if not _is_readable(weight):
+        return False
+    if weight.dtype != torch.float16 and fingerprint["dtype"] != "float16":
+        return _hash(weight) != fingerprint["samples"][name]
+    stored = (fingerprint.get("values") or {}).get(name)
+    if stored is None:
+        return False
+    stored, found = torch.tensor(stored, dtype=torch.float64), _numbers(weight, STORED_NUMBERS).double()
+    return stored.shape != found.shape or not torch.allclose(found, stored, rtol=TOLERANCE, atol=1e-6)
+
+
+def _numbers(weight: torch.Tensor, count: int) -> torch.Tensor:
+    flat = weight.detach().flatten()
+    places = torch.linspace(0, len(flat) - 1, min(count, len(flat)), dtype=torch.float64).long()
+    return flat[places.to(flat.device)].cpu()
+
+
+def _values(weight: torch.Tensor) -> list[float]:
+    return [float(f"{number:.4g}") for number in _numbers(weight, STORED_NUMBERS).tolist()]
 
 
 def _hash(weight: torch.Tensor) -> str:
-    flat = weight.detach().flatten()
-    places = torch.linspace(0, len(flat) - 1, min(SAMPLED_NUMBERS, len(flat)), dtype=torch.float64).long()
-    numbers = flat[places.to(flat.device)].cpu().to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+    numbers = _numbers(weight, HASHED_NUMBERS).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
     return hashlib.sha256(str(tuple(weight.shape)).encode() + numbers).hexdigest()[:12]
 
 
-__all__ = ["backbone_fingerprint", "refuse_other_backbone"]
+__all__ = ["backbone_fingerprint", "differs_from_files", "own_parameters", "refuse_other_backbone"]

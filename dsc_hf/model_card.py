@@ -17,6 +17,8 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, StrictUndefined
 from transformers import PreTrainedModel
 
+from .adapters_dsc import has_adapter
+
 TAGS = ("diffusion", "masked-diffusion", "self-correction", "dsc")
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
 """Values that the Hub allows for `base_model_relation`."""
@@ -230,8 +232,7 @@ def _describe_base(model: PreTrainedModel, base: str | None) -> str:
 
 
 def _describe_contents(model: PreTrainedModel, merged: bool) -> str:
-    adapted = getattr(model.backbone, "_hf_peft_config_loaded", False)
-    head = "the correction head" + (" and a LoRA adapter of the base model" if adapted else "")
+    head = "the correction head" + (" and a LoRA adapter of the base model" if has_adapter(model.backbone) else "")
     return "base model and correction head" if merged else f"{head}, without the base model"
 
 

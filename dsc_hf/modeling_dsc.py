@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
+from .adapters_dsc import has_adapter
 from .backbone_forward import run_backbone
 from .backbone_parts import embedding_count, transformer_blocks
 from .backbones import (
@@ -29,10 +30,10 @@ from .backbones import (
     without_peft_wrapper,
 )
 from .causal_use import refuse_causal_use
-from .checkpoints_dsc import DSCCheckpointMixin
+from .checkpoints_dsc import DSCCheckpointMixin, as_dtype
 from .configuration_dsc import DSCConfig
 from .correction_head import CorrectionHead, reread_inputs
-from .fingerprint import backbone_fingerprint, refuse_other_backbone
+from .fingerprint import backbone_fingerprint, differs_from_files, refuse_other_backbone
 from .generation_config_dsc import DSCGenerationConfig
 from .generation_dsc import DSCGenerationMixin
 
@@ -121,6 +122,7 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         tokenizer: PreTrainedTokenizerBase | None = None,
         mask_token_id: int | None = None,
         attention_block_length: int | None = None,
+        head_dtype: str | torch.dtype | None = None,
         **kwargs: Any,
     ) -> DSCForMaskedDiffusion:
         """Wrap a diffusion LM with a fresh, untrained correction head.
@@ -132,6 +134,7 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
                 default the one beside the backbone.
             mask_token_id (`int`, *optional*): instead of the config's or tokenizer's.
             attention_block_length (`int`, *optional*): instead of the config's or family's; see [`DSCConfig`].
+            head_dtype (`torch.dtype` or `str`, *optional*): precision of the head; fp32 by default.
             kwargs: arguments of the head ([`DSCConfig`]: `tap_layer`, `head_hidden_size`, `head_num_layers`, ...); all
                 others go to the backbone's `from_pretrained` (`revision`, `dtype`, `device_map`, ...).
 
@@ -142,6 +145,7 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         unknown = [k for k in head_arguments if k not in DSCConfig.__dataclass_fields__ or k == "head_trained"]
         if unknown:
             raise ValueError(f"`{unknown[0]}` is no argument of the correction head; see DSCConfig.")
+        head_dtype = as_dtype("head_dtype", head_dtype)
         backbone = without_peft_wrapper(backbone)
         name = None if isinstance(backbone, PreTrainedModel) else os.fspath(backbone)
         revision = None
@@ -158,18 +162,28 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         else:
             model, name = backbone, backbone.name_or_path or None
             auto_class_of(model.config, type(model).__name__)
+            has_adapter(model)  # or had one: then transformers' flag is cleared
+            if name is not None:
+                revision = getattr(model.config, "_commit_hash", None) or pinned_revision(name, local_files_only=True)
+                if tokenizer is None:
+                    tokenizer = find_tokenizer(name, **({} if revision is None else {"revision": revision}))
+        fingerprint = backbone_fingerprint(model)
+        if model is backbone and name is not None:
+            name, revision = _name_if_same(name, revision, fingerprint)
         if mask_token_id is None:
             mask_token_id = mask_token_id_of(model, tokenizer)
+        own_block_length = getattr(model.config, "attention_block_length", None)
         if attention_block_length is None:
-            attention_block_length = getattr(model.config, "attention_block_length", None)
+            attention_block_length = own_block_length
         text_config = model.config.get_text_config()
         config = DSCConfig(
             base_model_name_or_path=name,
             base_model_revision=revision,
-            backbone_fingerprint=backbone_fingerprint(model),
+            backbone_fingerprint=fingerprint,
             mask_token_id=check_token_id(model, "mask_token_id", mask_token_id),
             logits_shift=getattr(model.config, "logits_shift", 0),
             attention_block_length=attention_block_length,
+            attention_block_override=attention_block_length != own_block_length,
             vocab_size=embedding_count(model),
             backbone_hidden_size=text_config.hidden_size,
             backbone_num_layers=len(transformer_blocks(model)),
@@ -180,6 +194,8 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         config._attn_implementation = model.config._attn_implementation
         wrapped = cls(config)
         wrapped.attach_backbone(model)
+        if head_dtype is not None:
+            wrapped.correction_head.to(head_dtype)
         return wrapped
 
     def attach_backbone(self, backbone: PreTrainedModel) -> None:
@@ -189,18 +205,7 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
             `ValueError`: its shapes or weights are not those the head was made for, or its attention implementation
                 can't do what it needs.
         """
-        blocks = transformer_blocks(backbone)
-        found = {
-            "backbone_hidden_size": backbone.config.get_text_config().hidden_size,
-            "backbone_num_layers": len(blocks),
-            "vocab_size": embedding_count(backbone),
-        }
-        for field, value in found.items():
-            if getattr(self.config, field) != value:
-                raise ValueError(
-                    f"The head was made for a backbone with `{field}={getattr(self.config, field)}`, this one has "
-                    f"{value}: it is another model than the head was trained on."
-                )
+        self.refuse_misfit(backbone)
         if self.config.backbone_fingerprint is not None:
             refuse_other_backbone(backbone, self.config.backbone_fingerprint)
         if self.config.attention_block_length is not None and "flash" in backbone.config._attn_implementation:
@@ -214,9 +219,32 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         self.all_tied_weights_keys.update({f"backbone.{k}": f"backbone.{v}" for k, v in tied.items()})
         self._no_split_modules |= set(getattr(backbone, "_no_split_modules", None) or [])
         self._keys_to_ignore_on_save = {f"backbone.{name}" for name in backbone.state_dict()}
-        device = next(blocks[self.config.tap_layer].parameters()).device
+        device = next(transformer_blocks(backbone)[self.config.tap_layer].parameters()).device
         if device.type != "meta":
             self.correction_head.to(device)
+
+    def refuse_misfit(self, backbone: PreTrainedModel) -> None:
+        """Raise a `ValueError` if a backbone has another shape or is used in another way than the config says."""
+        found = {
+            "backbone_hidden_size": backbone.config.get_text_config().hidden_size,
+            "backbone_num_layers": len(transformer_blocks(backbone)),
+            "vocab_size": embedding_count(backbone),
+        }
+        for field, value in found.items():
+            if getattr(self.config, field) != value:
+                raise ValueError(
+                    f"The head was made for a backbone with `{field}={getattr(self.config, field)}`, this one has "
+                    f"{value}: it is another model than the head was trained on."
+                )
+        check_token_id(backbone, "mask_token_id", self.config.mask_token_id)
+        said = ["logits_shift", *([] if self.config.attention_block_override else ["attention_block_length"])]
+        for field in said:
+            value, own = getattr(self.config, field), getattr(backbone.config, field, ...)
+            if own not in (..., value):
+                raise ValueError(
+                    f"The head's config says `{field}={value}`, the backbone's says {own}: one of them was changed. "
+                    "Correct it; another block length on purpose needs `attention_block_override` set to true."
+                )
 
     def train(self, mode: bool = True) -> DSCForMaskedDiffusion:
         """Put the head in training mode; the backbone stays in eval mode."""
@@ -347,6 +375,18 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
     def max_sequence_length(self) -> int | None:
         """How many tokens prompt and response may have together, or None if the backbone sets no limit."""
         return max_positions(self._attached_backbone())
+
+
+def _name_if_same(name: str, revision: str | None, fingerprint: dict[str, Any]) -> tuple[str | None, str | None]:
+    """The name of the checkpoint that a loaded backbone is from, unless its weights have been changed since."""
+    changed = differs_from_files(fingerprint, name, revision)
+    if changed is None:
+        return name, revision
+    logger.warning(
+        f"The backbone is no longer the one in {name!r}: {changed} differs (by a merged adapter, or training). A "
+        "head saved alone will name no backbone: save with `merge_backbone=True`, or save the backbone and wrap that."
+    )
+    return None, None
 
 
 __all__ = ["DSCForMaskedDiffusion", "DSCOutput"]
