@@ -32,6 +32,7 @@ from .backbones import (
     without_peft_wrapper,
 )
 from .card_push import CardPush, is_generated
+from .checkpoint_checks import as_dtype, load_config, refuse_incomplete_config, refuse_misfit, refuse_unknown
 from .configuration_dsc import DSCConfig
 
 logger = logging.get_logger(__name__)
@@ -83,8 +84,8 @@ class DSCCheckpointMixin:
         head_dtype = as_dtype("head_dtype", head_dtype)
         with readable_errors("checkpoint", name):
             if not isinstance(config, PreTrainedConfig):
-                config = _load_config(os.fspath(config or name), where)
-            _refuse_incomplete_config(name, config)
+                config = load_config(os.fspath(config or name), where)
+            refuse_incomplete_config(name, config)
             head_kwargs = dict(kwargs)
             if config.base_config is None:
                 backbone_kwargs = {k: head_kwargs.pop(k) for k in BACKBONE_ARGUMENTS if k in kwargs}
@@ -110,11 +111,11 @@ class DSCCheckpointMixin:
             head_kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
             model, info = super().from_pretrained(name, *model_args, config=config, **head_kwargs)
         refuse_incomplete(name, info)
-        _refuse_unknown(name, info)
+        refuse_unknown(name, info)
         if config.base_config is None:
             model.attach_backbone(backbone)
         else:
-            model.refuse_misfit(model.backbone)
+            refuse_misfit(config, model.backbone)
         freeze(model._attached_backbone())
         if head_dtype is not None:
             model.correction_head.to(head_dtype)
@@ -268,42 +269,6 @@ class DSCCheckpointMixin:
             self._keys_to_ignore_on_save = ignored
 
 
-def _refuse_incomplete_config(name: str, config: DSCConfig) -> None:
-    needed = ("backbone_hidden_size", "backbone_num_layers", "vocab_size", "mask_token_id")
-    missing = [field for field in needed if getattr(config, field) is None]
-    if missing:
-        raise ValueError(f"The config of {name!r} lacks `{missing[0]}`: it is no checkpoint of dsc_hf; save it again.")
-
-
-def _refuse_unknown(name: str, loading_info: dict[str, Any]) -> None:
-    """Raise a `ValueError` for weights that the model has no place for: it was another one that was saved."""
-    unknown = sorted(k for k in loading_info.get("unexpected_keys", ()) if not k.endswith("rotary_emb.inv_freq"))
-    if unknown:
-        raise ValueError(
-            f"The checkpoint {name!r} holds weights that its config.json does not speak of: {unknown[:5]} "
-            f"({len(unknown)}). Without them it would compute something else; fetch or save it again."
-        )
-
-
-def _load_config(name: str, where: dict[str, Any]) -> DSCConfig:
-    try:
-        return DSCConfig.from_pretrained(name, **where)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"config.json of {name!r} is no config of a DSC model: {error}") from error
-
-
-def as_dtype(name: str, value: str | torch.dtype | None) -> torch.dtype | None:
-    """A dtype given as it is or by its name.
-
-    Raises:
-        `ValueError`: there is no such floating dtype.
-    """
-    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
-    if value is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"`{name}={value!r}` is no floating dtype; give one such as 'bfloat16'.")
-    return dtype
-
-
 def _copy_code(model_class: type, folder: Path) -> None:
     """Put the modules that the model needs beside its weights, for `trust_remote_code=True` without dsc_hf."""
     source = sys.modules[model_class.__module__].__file__
@@ -311,4 +276,4 @@ def _copy_code(model_class: type, folder: Path) -> None:
         shutil.copyfile(path, folder / Path(path).name)
 
 
-__all__ = ["DSCCheckpointMixin", "as_dtype"]
+__all__ = ["DSCCheckpointMixin"]

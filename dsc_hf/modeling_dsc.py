@@ -30,10 +30,11 @@ from .backbones import (
     without_peft_wrapper,
 )
 from .causal_use import refuse_causal_use
-from .checkpoints_dsc import DSCCheckpointMixin, as_dtype
+from .checkpoint_checks import as_dtype, refuse_misfit, unless_changed
+from .checkpoints_dsc import DSCCheckpointMixin
 from .configuration_dsc import DSCConfig
 from .correction_head import CorrectionHead, reread_inputs
-from .fingerprint import backbone_fingerprint, differs_from_files, refuse_other_backbone
+from .fingerprint import backbone_fingerprint, refuse_other_backbone
 from .generation_config_dsc import DSCGenerationConfig
 from .generation_dsc import DSCGenerationMixin
 
@@ -162,14 +163,13 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         else:
             model, name = backbone, backbone.name_or_path or None
             auto_class_of(model.config, type(model).__name__)
-            has_adapter(model)  # or had one: then transformers' flag is cleared
             if name is not None:
                 revision = getattr(model.config, "_commit_hash", None) or pinned_revision(name, local_files_only=True)
                 if tokenizer is None:
                     tokenizer = find_tokenizer(name, **({} if revision is None else {"revision": revision}))
         fingerprint = backbone_fingerprint(model)
-        if model is backbone and name is not None:
-            name, revision = _name_if_same(name, revision, fingerprint)
+        if model is backbone and not has_adapter(model):  # an adapter may have changed the weights on purpose
+            name, revision = unless_changed(name, revision, fingerprint)
         if mask_token_id is None:
             mask_token_id = mask_token_id_of(model, tokenizer)
         own_block_length = getattr(model.config, "attention_block_length", None)
@@ -205,7 +205,7 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
             `ValueError`: its shapes or weights are not those the head was made for, or its attention implementation
                 can't do what it needs.
         """
-        self.refuse_misfit(backbone)
+        refuse_misfit(self.config, backbone)
         if self.config.backbone_fingerprint is not None:
             refuse_other_backbone(backbone, self.config.backbone_fingerprint)
         if self.config.attention_block_length is not None and "flash" in backbone.config._attn_implementation:
@@ -222,29 +222,6 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         device = next(transformer_blocks(backbone)[self.config.tap_layer].parameters()).device
         if device.type != "meta":
             self.correction_head.to(device)
-
-    def refuse_misfit(self, backbone: PreTrainedModel) -> None:
-        """Raise a `ValueError` if a backbone has another shape or is used in another way than the config says."""
-        found = {
-            "backbone_hidden_size": backbone.config.get_text_config().hidden_size,
-            "backbone_num_layers": len(transformer_blocks(backbone)),
-            "vocab_size": embedding_count(backbone),
-        }
-        for field, value in found.items():
-            if getattr(self.config, field) != value:
-                raise ValueError(
-                    f"The head was made for a backbone with `{field}={getattr(self.config, field)}`, this one has "
-                    f"{value}: it is another model than the head was trained on."
-                )
-        check_token_id(backbone, "mask_token_id", self.config.mask_token_id)
-        said = ["logits_shift", *([] if self.config.attention_block_override else ["attention_block_length"])]
-        for field in said:
-            value, own = getattr(self.config, field), getattr(backbone.config, field, ...)
-            if own not in (..., value):
-                raise ValueError(
-                    f"The head's config says `{field}={value}`, the backbone's says {own}: one of them was changed. "
-                    "Correct it; another block length on purpose needs `attention_block_override` set to true."
-                )
 
     def train(self, mode: bool = True) -> DSCForMaskedDiffusion:
         """Put the head in training mode; the backbone stays in eval mode."""
@@ -375,18 +352,6 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
     def max_sequence_length(self) -> int | None:
         """How many tokens prompt and response may have together, or None if the backbone sets no limit."""
         return max_positions(self._attached_backbone())
-
-
-def _name_if_same(name: str, revision: str | None, fingerprint: dict[str, Any]) -> tuple[str | None, str | None]:
-    """The name of the checkpoint that a loaded backbone is from, unless its weights have been changed since."""
-    changed = differs_from_files(fingerprint, name, revision)
-    if changed is None:
-        return name, revision
-    logger.warning(
-        f"The backbone is no longer the one in {name!r}: {changed} differs (by a merged adapter, or training). A "
-        "head saved alone will name no backbone: save with `merge_backbone=True`, or save the backbone and wrap that."
-    )
-    return None, None
 
 
 __all__ = ["DSCForMaskedDiffusion", "DSCOutput"]

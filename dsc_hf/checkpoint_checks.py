@@ -1,0 +1,93 @@
+"""Whether a checkpoint's parts belong together: config, weights and backbone. What does not is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .backbone_parts import embedding_count, transformer_blocks
+from .backbones import check_token_id
+from .configuration_dsc import DSCConfig
+from .fingerprint import differs_from_files
+
+logger = logging.get_logger(__name__)
+
+
+def refuse_incomplete_config(name: str, config: DSCConfig) -> None:
+    needed = ("backbone_hidden_size", "backbone_num_layers", "vocab_size", "mask_token_id")
+    missing = [field for field in needed if getattr(config, field) is None]
+    if missing:
+        raise ValueError(f"The config of {name!r} lacks `{missing[0]}`: it is no checkpoint of dsc_hf; save it again.")
+
+
+def refuse_unknown(name: str, loading_info: dict[str, Any]) -> None:
+    """Raise a `ValueError` for weights that the model has no place for: it was another one that was saved."""
+    unknown = sorted(k for k in loading_info.get("unexpected_keys", ()) if not k.endswith("rotary_emb.inv_freq"))
+    if unknown:
+        raise ValueError(
+            f"The checkpoint {name!r} holds weights that its config.json does not speak of: {unknown[:5]} "
+            f"({len(unknown)}). Without them it would compute something else; fetch or save it again."
+        )
+
+
+def load_config(name: str, where: dict[str, Any]) -> DSCConfig:
+    try:
+        return DSCConfig.from_pretrained(name, **where)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"config.json of {name!r} is no config of a DSC model: {error}") from error
+
+
+def as_dtype(name: str, value: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype given as it is or by its name.
+
+    Raises:
+        `ValueError`: there is no such floating dtype.
+    """
+    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if value is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"`{name}={value!r}` is no floating dtype; give one such as 'bfloat16'.")
+    return dtype
+
+
+def refuse_misfit(config: DSCConfig, backbone: PreTrainedModel) -> None:
+    """Raise a `ValueError` if a backbone has another shape or is used in another way than the config says."""
+    found = {
+        "backbone_hidden_size": backbone.config.get_text_config().hidden_size,
+        "backbone_num_layers": len(transformer_blocks(backbone)),
+        "vocab_size": embedding_count(backbone),
+    }
+    for field, value in found.items():
+        if getattr(config, field) != value:
+            raise ValueError(
+                f"The head was made for a backbone with `{field}={getattr(config, field)}`, this one has "
+                f"{value}: it is another model than the head was trained on."
+            )
+    check_token_id(backbone, "mask_token_id", config.mask_token_id)
+    said = ["logits_shift", *([] if config.attention_block_override else ["attention_block_length"])]
+    for field in said:
+        value, own = getattr(config, field), getattr(backbone.config, field, ...)
+        if own not in (..., value):
+            raise ValueError(
+                f"The head's config says `{field}={value}`, the backbone's says {own}: one of them was changed. "
+                "Correct it; another block length on purpose needs `attention_block_override` set to true."
+            )
+
+
+def unless_changed(
+    name: str | None, revision: str | None, fingerprint: dict[str, Any]
+) -> tuple[str | None, str | None]:
+    """The name of the checkpoint that a loaded backbone is from, unless its weights have been changed since."""
+    changed = None if name is None else differs_from_files(fingerprint, name, revision)
+    if changed is None:
+        return name, revision
+    logger.warning(
+        f"The backbone is no longer the one in {name!r}: {changed} differs (by a merged adapter, or training). A "
+        "head saved alone will name no backbone: save with `merge_backbone=True`, or save the backbone and wrap that."
+    )
+    return None, None
+
+
+__all__ = ["as_dtype", "load_config", "refuse_incomplete_config", "refuse_misfit", "refuse_unknown", "unless_changed"]
