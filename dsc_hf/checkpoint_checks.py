@@ -11,7 +11,7 @@ from transformers.utils import logging
 from .backbone_parts import embedding_count, transformer_blocks
 from .backbones import check_token_id
 from .configuration_dsc import DSCConfig
-from .fingerprint import differs_from_files
+from .fingerprint import differs_from_files, refuse_other_backbone
 
 logger = logging.get_logger(__name__)
 
@@ -76,6 +76,20 @@ def refuse_misfit(config: DSCConfig, backbone: PreTrainedModel) -> None:
             )
 
 
+def refuse_changed_backbone(config: DSCConfig, backbone: PreTrainedModel) -> None:
+    """Raise a `ValueError` if a backbone's weights are no longer those that the head was put on."""
+    if config.backbone_fingerprint is None:
+        return
+    try:
+        refuse_other_backbone(backbone, config.backbone_fingerprint)
+    except ValueError as error:
+        raise ValueError(
+            "The backbone's weights have changed since it was wrapped (by a merged adapter, or training), and a head "
+            "saved alone would be loaded on the old ones: save with `merge_backbone=True`, or save the backbone and "
+            "wrap that."
+        ) from error
+
+
 def unless_changed(
     name: str | None, revision: str | None, fingerprint: dict[str, Any]
 ) -> tuple[str | None, str | None]:
@@ -90,4 +104,12 @@ def unless_changed(
     return None, None
 
 
-__all__ = ["as_dtype", "load_config", "refuse_incomplete_config", "refuse_misfit", "refuse_unknown", "unless_changed"]
+__all__ = [
+    "as_dtype",
+    "load_config",
+    "refuse_changed_backbone",
+    "refuse_incomplete_config",
+    "refuse_misfit",
+    "refuse_unknown",
+    "unless_changed",
+]

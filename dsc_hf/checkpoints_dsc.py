@@ -32,7 +32,14 @@ from .backbones import (
     without_peft_wrapper,
 )
 from .card_push import CardPush, is_generated
-from .checkpoint_checks import as_dtype, load_config, refuse_incomplete_config, refuse_misfit, refuse_unknown
+from .checkpoint_checks import (
+    as_dtype,
+    load_config,
+    refuse_changed_backbone,
+    refuse_incomplete_config,
+    refuse_misfit,
+    refuse_unknown,
+)
 from .configuration_dsc import DSCConfig
 
 logger = logging.get_logger(__name__)
@@ -251,6 +258,8 @@ class DSCCheckpointMixin:
             config.base_config = {**backbone.config.to_dict(), "architectures": [type(backbone).__name__]}
             self._keys_to_ignore_on_save = set()
         else:
+            if self.backbone is not None:
+                refuse_changed_backbone(config, self.backbone)
             config.base_config = None
             if self.backbone is not None:
                 self._keys_to_ignore_on_save = {f"backbone.{name}" for name in self.backbone.state_dict()}

@@ -1,8 +1,13 @@
 """DSCConfig: derived sizes, checks, and a file that keeps everything."""
 
+import json
+from pathlib import Path
+
 import pytest
+from transformers import AutoConfig
 
 from dsc_hf import DSCConfig
+from dsc_hf.configuration_dsc import STORED_FIELDS
 
 BACKBONE = {"mask_token_id": 2, "vocab_size": 32, "backbone_hidden_size": 192, "backbone_num_layers": 4}
 
@@ -71,3 +76,45 @@ def test_round_trip(tmp_path):
 def test_an_empty_config_can_be_made():
     """transformers makes one to compare with when it saves."""
     assert DSCConfig().head_hidden_size is None
+
+
+# What a config.json must say
+
+
+def test_every_field_that_decides_what_is_computed_is_written(tmp_path):
+    """Also those that have their default values."""
+    DSCConfig(**BACKBONE).save_pretrained(tmp_path)
+    shipped = Path(__file__).parent.parent / "model_cards/word-problems-dsc"
+    for folder in (tmp_path, shipped):
+        assert set(STORED_FIELDS) <= json.loads((folder / "config.json").read_text()).keys()
+
+
+@pytest.mark.parametrize("auto", [DSCConfig, AutoConfig])
+@pytest.mark.parametrize("field", STORED_FIELDS)
+def test_a_missing_field_is_no_default(tmp_path, field, auto):
+    DSCConfig(**BACKBONE).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    del written[field]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=f"lacks `{field}`, which decides what the model computes"):
+        auto.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone_num_layers": None}, "lacks `backbone_num_layers`"),
+        ({"tap_layer": "x"}, "tap_layer"),
+        ({"mask_token_id": "2"}, "mask_token_id"),
+        ({"mask_token_id": 32}, "`mask_token_id=32` is outside the backbone's 32 embeddings"),
+        ({"mask_token_id": -1}, "`mask_token_id=-1` is outside"),
+        ({"base_config": {"a": 1}}, "`base_config` lacks `model_type`"),
+        ({"backbone_fingerprint": "abc"}, "backbone_fingerprint"),
+    ],
+)
+def test_wrong_values_are_value_errors(tmp_path, changes, message):
+    DSCConfig(**BACKBONE).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(written | changes))
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(tmp_path)
