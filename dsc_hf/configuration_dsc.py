@@ -15,6 +15,17 @@ STORED_FIELDS = (
 )
 """Fields that decide what a checkpoint computes: its config.json must have them, None where there is none."""
 
+TYPES = {
+    **dict.fromkeys(("mask_token_id", "token_count", "vocab_size", "max_position_embeddings"), (int, None)),
+    **dict.fromkeys(("backbone_num_layers", "backbone_hidden_size", "attention_block_length"), (int, None)),
+    **dict.fromkeys(("head_hidden_size", "head_intermediate_size", "head_num_attention_heads"), (int, None)),
+    **dict.fromkeys(("head_num_layers", "tap_layer", "logits_shift"), (int,)),
+    **dict.fromkeys(("head_reread", "head_trained", "attention_block_override"), (bool,)),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta"), (float, int)),
+    **dict.fromkeys(("base_config", "backbone_fingerprint"), (dict, None)),
+    **dict.fromkeys(("base_model_name_or_path", "base_model_revision", "base_adapter"), (str, None)),
+}
+
 
 class DSCConfig(PreTrainedConfig):
     """Configuration of [`DSCForMaskedDiffusion`]. [`DSCForMaskedDiffusion.from_backbone`] fills it in.
@@ -100,6 +111,11 @@ class DSCConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        for field, types in TYPES.items():
+            value = getattr(self, field)
+            if type(value) not in types and not (value is None and None in types):
+                names = " or ".join("null" if kind is None else kind.__name__ for kind in types)
+                raise ValueError(f"`{field}={value!r}` of the config must be {names}.")
         if self.backbone_hidden_size is None:  # transformers makes empty configs to compare with
             return
         if self.head_hidden_size is None:
