@@ -15,6 +15,8 @@ STORED_FIELDS = (
 )
 """Fields that decide what a checkpoint computes: its config.json must have them, None where there is none."""
 
+PADDING_MASKS = ("2d", "4d_additive", "4d_bool", "none")
+
 TYPES = {
     **dict.fromkeys(("mask_token_id", "token_count", "vocab_size", "max_position_embeddings"), (int, None)),
     **dict.fromkeys(("backbone_num_layers", "backbone_hidden_size", "attention_block_length"), (int, None)),
@@ -141,6 +143,13 @@ class DSCConfig(PreTrainedConfig):
             )
         if self.base_config is not None and "model_type" not in self.base_config:
             raise ValueError("`base_config` lacks `model_type`: it is no config of a backbone.")
+        if self.base_config is not None and self.base_adapter is not None:
+            raise ValueError(
+                f"`base_adapter={self.base_adapter!r}` belongs to a head-only checkpoint, but `base_config` says that "
+                "the backbone is merged into this one."
+            )
+        if self.padding_mask not in PADDING_MASKS:
+            raise ValueError(f"`padding_mask={self.padding_mask!r}` must be one of {', '.join(PADDING_MASKS)}.")
         mask, size = self.mask_token_id, self.vocab_size
         if mask is not None and size is not None and not 0 <= mask < size:
             raise ValueError(f"`mask_token_id={mask}` is outside the backbone's {size} embeddings.")

@@ -110,6 +110,8 @@ def test_a_missing_field_is_no_default(tmp_path, field, auto):
         ({"mask_token_id": -1}, "`mask_token_id=-1` is outside"),
         ({"base_config": {"a": 1}}, "`base_config` lacks `model_type`"),
         ({"backbone_fingerprint": "abc"}, "backbone_fingerprint"),
+        ({"padding_mask": "weird"}, "`padding_mask='weird'` must be one of 2d, "),
+        ({"base_config": {"model_type": "bert"}, "base_adapter": "x"}, "`base_adapter='x'` belongs to a head-only"),
     ],
 )
 def test_wrong_values_are_value_errors(tmp_path, changes, message):
