@@ -1,8 +1,8 @@
 """Keys and values of a whole canvas, so that a forward need only run over the columns that changed.
 
 Other caches grow; this one has a place for each column of the canvas. A forward over some columns (a *window*) puts
-theirs in and attends to all that the mask allows: the prompt, finished blocks and, for a model that sees them, the masks
-behind.
+theirs in and attends to all that the mask allows: the prompt, finished blocks and, for a model that sees them, the
+masks behind.
 """
 
 from __future__ import annotations

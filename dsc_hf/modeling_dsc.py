@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from .backbone_forward import run_backbone
+from .backbone_forward import Places, additive_mask, allowed_attention, run_backbone
 from .backbone_parts import embedding_count, transformer_blocks
 from .backbones import (
     LOCATION_ARGUMENTS,
@@ -268,15 +268,23 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        places: Places | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One forward of the frozen backbone.
+        """One forward of the frozen backbone; see [`run_backbone`].
 
         Returns:
-            `tuple`: logits `(B, L, V)`, position `i` predicting token `i`, and the tapped states `(B, L, D)`.
+            `tuple`: logits `(B, L, V)`, position `i` predicting token `i`, or `(N, V)` at `places` (rows and columns,
+            `(N,)` each); and the tapped states `(B, L, D)`.
         """
         with torch.no_grad():
             return run_backbone(
-                self._attached_backbone(), self.config, input_ids, attention_mask, position_ids, self.config.tap_layer
+                self._attached_backbone(),
+                self.config,
+                input_ids,
+                attention_mask,
+                position_ids,
+                self.config.tap_layer,
+                places,
             )
 
     def score(
@@ -287,7 +295,12 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
     ) -> torch.Tensor:
-        """The head's logits for *correct*, `(B, L)`, from what [`read`] returned for the same inputs."""
+        """The head's logits for *correct*, `(B, L)`, from what [`read`] returned for the same inputs. It sees what the
+        backbone sees: no later block of a block-causal one."""
+        if self.config.attention_block_length is not None:
+            attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            allowed = allowed_attention(self.config, attention_mask, position_ids)
+            attention_mask = additive_mask(allowed, self.correction_head.score.weight.dtype)
         reread = reread_inputs(logits, input_ids, self.config.mask_token_id) if self.config.head_reread else None
         return self.correction_head(hidden_states, reread, attention_mask, position_ids)
 
