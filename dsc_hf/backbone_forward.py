@@ -83,7 +83,7 @@ def source_places(places: Places, shift: int, attention_mask: torch.Tensor | Non
     if shift == 0:
         return places
     first = 0 if attention_mask is None else attention_mask.long().argmax(1)[rows]
-    return rows, torch.where(columns == first, columns, columns - 1)
+    return rows, torch.where(columns == first, columns, columns - 1).clamp(min=0)
 
 
 def align_logits(logits: torch.Tensor, shift: int, attention_mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -159,10 +159,9 @@ class CanvasReader:
             error_logits = pad(error_logits, (0, length - stop), value=torch.nan)
         elif ask_head:
             columns = self._columns(canvas.blocks_cpu == canvas.current[:, None], ids.device)
-            here = torch.arange(len(ids), device=ids.device)[:, None], columns
-            error_logits = torch.full(canvas.ids.shape, torch.nan, device=ids.device)
-            local = (ids, logits if reread else None, states, mask, positions)
-            error_logits[here] = self.model.score(*(None if t is None else t[here] for t in local))
+            view = _View.of(canvas, torch.arange(len(ids), device=ids.device), columns)
+            here = view.rows[:, None], columns
+            error_logits = self._run_head(canvas, view, states[here], logits[here] if reread else None)
         logits = logits[places] if reread else logits
         if self.guidance_scale is not None:
             unprompted = self._unprompted(canvas)[:, :stop]
@@ -206,24 +205,30 @@ class CanvasReader:
             known = known & own.gather(1, view.columns)
         # a column that can't be judged gives way to another of its row
         columns = torch.where(known, view.columns, view.columns.masked_fill(~known, -1).amax(1, keepdim=True))
-        place = view.where.gather(1, columns)
-        reread = None
+        aligned = None
         if self.config.head_reread:
             aligned = logits[here, view.where.gather(1, sources.gather(1, columns))]
+        states = states[here, view.where.gather(1, columns)]
+        return self._run_head(canvas, _View.of(canvas, view.rows, columns), states, aligned)
+
+    def _run_head(self, canvas, view: _View, states, aligned) -> torch.Tensor:
+        """The head on the columns of a view, given their states `(b, W, D)` and the logits `(b, W, V)` that predict
+        their tokens, and on those that it keeps; `(b, L)`."""
+        here, columns = torch.arange(len(view.columns), device=view.columns.device)[:, None], view.columns
+        reread = None
+        if aligned is not None:
             reread = reread_inputs(aligned, view.ids[here, columns], self.config.mask_token_id)
-        head = self.model.correction_head
-        judged = _View.of(canvas, view.rows, columns)
-        cache, allowed = None, judged.allowed(self.config)
+        head, cache, allowed = self.model.correction_head, None, view.allowed(self.config)
         if self.keeps_head:
             cache = self.head_cache
             cache.set_window(Window(view.rows, columns, tuple(canvas.ids.shape)))
         else:
             order = torch.arange(columns.shape[1], device=columns.device)
-            once = judged.where.gather(1, columns) == order  # a column that comes twice is seen once
+            once = view.where.gather(1, columns) == order  # a column that comes twice is seen once
             allowed = allowed.gather(2, columns[:, None].expand(-1, columns.shape[1], -1)) & once[:, None]
         mask = additive_mask(allowed, head.score.weight.dtype)
         result = torch.full((len(columns), canvas.ids.shape[1]), torch.nan, device=columns.device)
-        result[here, columns] = head(states[here, place], reread, mask, judged.positions, past_key_values=cache)
+        result[here, columns] = head(states, reread, mask, view.positions, past_key_values=cache)
         return result
 
     def _window(self, canvas, rows: torch.Tensor) -> torch.Tensor:

@@ -81,7 +81,8 @@ class GenerationRun:
     def start(self, blocks, attention_mask, logits_processor: LogitsProcessorList | None) -> None:
         """Decode everything."""
         config = self.config
-        config._eos_token_tensor = self.eos  # transformers reads it to make processors
+        unguided = copy.deepcopy(config)  # transformers' own guidance is for autoregressive models
+        unguided.guidance_scale, unguided._eos_token_tensor = None, self.eos
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
         self.blocks, self.attention_mask, self.positions = blocks, attention_mask, positions
         self.reader = CanvasReader(self.model, config.cache, config.head_context, config.guidance_scale)
@@ -104,7 +105,7 @@ class GenerationRun:
             verify_block=config.verify_block,
             sample=config.do_sample,
             logits_processor=self.model._get_logits_processor(
-                generation_config=config,
+                generation_config=unguided,
                 input_ids_seq_length=self.prompt_length,
                 logits_processor=logits_processor,
                 device=self.ids.device,
