@@ -12,21 +12,21 @@ from .unmasking import rank
 
 @dataclass
 class Reading:
-    """What one forward tells about the sequence, for scores to use. All tensors `(B, L)`.
+    """What one forward tells about the sequence, for scores to use. All tensors `(B, L)`; each score needs one.
 
     Args:
-        error_logits (`torch.Tensor`): the head's logits for *correct*, if the score needs the head.
+        error_logits (`torch.Tensor`): the head's logits for *correct*.
         visible_probability (`torch.Tensor`): the backbone's probability of the token that stands there.
         left_out_probability (`torch.Tensor`): its probability given all other tokens.
         written_probability (`torch.Tensor`): its probability when it was written.
         generator (`torch.Generator`, *optional*): source of randomness.
     """
 
-    error_logits: torch.Tensor | None
-    visible_probability: torch.Tensor
-    left_out_probability: torch.Tensor
-    written_probability: torch.Tensor
-    generator: torch.Generator | None
+    error_logits: torch.Tensor | None = None
+    visible_probability: torch.Tensor | None = None
+    left_out_probability: torch.Tensor | None = None
+    written_probability: torch.Tensor | None = None
+    generator: torch.Generator | None = None
 
 
 def head_score(reading: Reading) -> torch.Tensor:

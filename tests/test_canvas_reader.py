@@ -226,6 +226,7 @@ def test_no_guidance_is_no_guidance():
 def test_leave_one_out_scores_are_those_of_a_text_without_the_token(shift, block):
     """Each judged token's probability where it stands, by a forward on the text with a mask in its place."""
     model = make_model(make_llama(logits_shift=shift, attention_block_length=block))
+    model.config.token_count = None
     out = model.generate(
         prompt_ids(4),
         max_new_tokens=4,
