@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from .generation_config_dsc import UNMASKING_ARGUMENTS, DSCGenerationConfig, choose_unmasking
+from .generation_config_dsc import UNMASKING, UNMASKING_ARGUMENTS, DSCGenerationConfig, choose_unmasking
 from .generation_run import DSCGenerationOutput, GenerationRun
 from .hub_errors import unreadable
 
@@ -204,6 +204,11 @@ class DSCGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"`block_length={config.block_length}` must divide the length of the backbone's causal attention "
                 f"blocks, {causal_block}, or be a multiple of it."
+            )
+        if UNMASKING[chosen] == "tokens_per_step" and config.tokens_per_step > config.block_length:
+            raise ValueError(
+                f"`tokens_per_step={config.tokens_per_step}` is more than `block_length={config.block_length}`; lower "
+                "it, or use longer blocks."
             )
         if config.max_remasks_per_block is None:
             config.max_remasks_per_block = config.block_length

@@ -87,10 +87,11 @@ def shell():
 def some_options(draw):
     """Every decoding option, remasking most of the time."""
     small = st.integers(0, 4)
+    block_length = draw(st.integers(1, 7))
     return Options(
         new_tokens=draw(st.integers(1, 14)),
-        block_length=draw(st.integers(1, 7)),
-        tokens_per_step=draw(st.integers(1, 4)),
+        block_length=block_length,
+        tokens_per_step=draw(st.integers(1, min(4, block_length))),
         remasking_score=draw(st.sampled_from(["head", "head", "visible", "written", "none"])),
         remask_stride=draw(st.integers(1, 3)),
         remask_threshold=draw(st.sampled_from([0.0, 0.3, 0.5, 0.8, 0.97, 1.0])),
