@@ -35,7 +35,8 @@ def run_backbone(
     position_ids: torch.LongTensor | None = None,
     tap_layer: int | None = None,
     places: Places | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    with_logits: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """One forward of a backbone.
 
     Args:
@@ -48,10 +49,11 @@ def run_backbone(
         tap_layer (`int`, *optional*): the block whose output is wanted.
         places (`tuple[torch.LongTensor, torch.LongTensor]`, *optional*): rows and columns `(N,)` of the tokens whose
             prediction is wanted; the LM head runs there only.
+        with_logits (`bool`): if not, the forward ends behind the tapped block.
 
     Returns:
-        `tuple`: logits `(B, L, V)`, position `i` predicting token `i`, or `(N, V)` if `places` were given; and the
-        states `(B, L, D)`, or None.
+        `tuple`: logits `(B, L, V)`, position `i` predicting token `i`, or `(N, V)` if `places` were given, or None;
+        and the states `(B, L, D)`, or None.
     """
     shift = getattr(config, "logits_shift", 0) or 0
     form = getattr(config, "padding_mask", None) or "2d"
@@ -71,8 +73,8 @@ def run_backbone(
         if "use_cache" in accepted:
             inputs["use_cache"] = False
         sources = None if places is None else source_places(places, shift, attention_mask)
-        logits, states = forward_at(backbone, inputs, tap_layer, sources)
-        if places is not None:
+        logits, states = forward_at(backbone, inputs, tap_layer, sources, with_logits)
+        if places is not None or not with_logits:
             return logits, states
     return align_logits(logits, shift, attention_mask), states
 
@@ -169,17 +171,28 @@ def _mask(backbone, config, form, input_ids, attention_mask, position_ids) -> to
     return additive_mask(allowed, next(backbone.parameters()).dtype)
 
 
+class _EnoughSeen(Exception):
+    """Raised by a hook when nothing further of a forward is wanted."""
+
+
 def forward_at(
-    backbone: PreTrainedModel, inputs: dict[str, Any], tap_layer: int | None, places: Places | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    backbone: PreTrainedModel,
+    inputs: dict[str, Any],
+    tap_layer: int | None,
+    places: Places | None,
+    with_logits: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """One bare forward: raw logits, at all positions or `(N, V)` at some, and the output of the tapped block.
 
-    A hook in front of the LM head's last layer hands on only what is wanted, so that it holds for every class.
+    A hook in front of the LM head's last layer hands on only what is wanted, so that it holds for every class. Without
+    logits the forward ends behind the tapped block.
     """
     tapped, selected, handles = [], [], []
 
     def tap(module, arguments, output):
         tapped.append(output[0] if isinstance(output, tuple) else output)
+        if not with_logits:
+            raise _EnoughSeen
 
     def select(module, arguments):
         selected.append(True)
@@ -192,6 +205,8 @@ def forward_at(
         handles.append(lm_head.register_forward_pre_hook(select))
     try:
         logits = _logits(backbone(**inputs))
+    except _EnoughSeen:
+        return None, tapped[-1]
     finally:
         for handle in handles:
             handle.remove()

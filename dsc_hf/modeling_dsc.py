@@ -269,12 +269,13 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         places: Places | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with_logits: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """One forward of the frozen backbone; see [`run_backbone`].
 
         Returns:
             `tuple`: logits `(B, L, V)`, position `i` predicting token `i`, or `(N, V)` at `places` (rows and columns,
-            `(N,)` each); and the tapped states `(B, L, D)`.
+            `(N,)` each), or None; and the tapped states `(B, L, D)`.
         """
         with torch.no_grad():
             return run_backbone(
@@ -285,6 +286,7 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
                 position_ids,
                 self.config.tap_layer,
                 places,
+                with_logits,
             )
 
     def score(
@@ -311,6 +313,7 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         position_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         output_error_logits: bool | None = None,
+        output_logits: bool = True,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> DSCOutput | tuple:
@@ -319,10 +322,12 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         Args:
             input_ids (`torch.LongTensor`): `(B, L)`, mask tokens where nothing is written yet.
             attention_mask (`torch.Tensor`, *optional*): `(B, L)`, 0 at padding.
-            position_ids (`torch.LongTensor`, *optional*): `(B, L)`, counted from 0; needed with left padding.
+            position_ids (`torch.LongTensor`, *optional*): `(B, L)`, counted from 0; by default from each row's first
+                token on.
             labels (`torch.LongTensor`, *optional*): `(B, L)`, the correct ids, -100 where there is no loss. The loss
                 is the mean of eq. 4.1 over visible labelled positions; the backbone gets no gradient.
             output_error_logits (`bool`, *optional*): ask the head; by default if it has been trained.
+            output_logits (`bool`): if not, there are none, and the backbone runs only as far as the head needs it.
             return_dict (`bool`, *optional*): return a [`DSCOutput`], the default, or a tuple.
             kwargs: what wrappers pass on to any LM (`inputs_embeds`, `use_cache`, ...); only as None or False.
 
@@ -338,14 +343,17 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
             )
         if output_error_logits and labels is None:
             self.require_trained_head()
-        logits, hidden_states = self.read(input_ids, attention_mask, position_ids)
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        with_logits = output_logits or self.config.head_reread
+        logits, hidden_states = self.read(input_ids, attention_mask, position_ids, with_logits=with_logits)
         error_logits = loss = None
         if labels is not None or (self.config.head_trained if output_error_logits is None else output_error_logits):
             error_logits = self.score(input_ids, logits, hidden_states, attention_mask, position_ids)
         if labels is not None:
             counted = (labels != -100) & (input_ids != self.config.mask_token_id)
             loss = correction_loss(error_logits, input_ids == labels, counted) / counted.sum().clamp(min=1)
-        output = DSCOutput(loss=loss, logits=logits, error_logits=error_logits)
+        output = DSCOutput(loss=loss, logits=logits if output_logits else None, error_logits=error_logits)
         return output.to_tuple() if return_dict is False else output
 
     def require_trained_head(self) -> None:
