@@ -30,6 +30,7 @@ def make_model(
     attention_block_length: int | None = None,
     logit_scale: float = 10.0,
     head_layers: int = 2,
+    head_width: int | None = None,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
     device: str | torch.device = "cpu",
@@ -50,7 +51,8 @@ def make_model(
             the embeddings. There is no EOS.
         attention_block_length (`int`, *optional*): make it block-causal.
         logit_scale (`float`): see above.
-        head_layers (`int`): of the correction head, which is as wide as the backbone.
+        head_layers (`int`), head_width (`int`, *optional*): of the correction head; by default it is as wide as the
+            backbone. (The default head of LLaDA-8B has half its width.)
         dtype (`torch.dtype`): of the backbone; the head is fp32.
         attn_implementation (`str`), device: of both.
         seed (`int`): of the weights.
@@ -85,6 +87,7 @@ def make_model(
             mask_token_id=mask_token_id,
             attention_block_length=attention_block_length,
             head_num_layers=head_layers,
+            head_hidden_size=head_width,
         )
         _scale_head(model)
     return model.eval()
