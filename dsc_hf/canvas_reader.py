@@ -115,6 +115,8 @@ class CanvasReader:
             left_out (`torch.BoolTensor`, *optional*): `(b, L)` CPU, visible positions to predict from all others.
             ask_head (`bool`): whether the head is wanted.
         """
+        if left_out is not None:
+            self._need("remasking_score='leave_one_out'", "position_ids")
         device = canvas.ids.device
         places = tuple(index.to(device) for index in wanted.nonzero(as_tuple=True))
         if self.cache is None and left_out is None:
@@ -144,6 +146,9 @@ class CanvasReader:
                 f"`{what}` needs a backbone whose forward takes {' and '.join(f'`{name}`' for name in arguments)}, as "
                 f"stock causal LM classes do; {type(self.backbone).__name__} can't be read that way."
             )
+        attention = self.backbone.config._attn_implementation or ""
+        if "flash" in attention:
+            raise ValueError(f"`{what}` needs 4D attention masks, which {attention!r} does not take; use 'sdpa'.")
 
     def _read_whole(self, canvas, places: Places, ask_head: bool) -> CanvasReading:
         """Without cache and shadows: the plain forward, with the padding mask that the backbone obeys."""

@@ -256,6 +256,24 @@ def test_backbones_without_a_cache_say_so():
         make_model(make_bert()).generate(prompt_ids(), max_new_tokens=4, cache="dual")
 
 
+@pytest.mark.parametrize("settings", [{"cache": "dual"}, {"remasking_score": "leave_one_out"}])
+def test_flash_attention_takes_no_4d_masks(model, settings):
+    model.backbone.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="needs 4D attention masks, which 'flash_attention_2' does not take"):
+        model.generate(prompt_ids(), max_new_tokens=4, **settings)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention runs on a GPU only, there is none here")
+def test_flash_attention_decodes_as_sdpa():
+    pytest.importorskip("flash_attn", reason="needs `pip install dsc-hf[flash]`")
+    backbone = make_llama(hidden_size=64).to("cuda", torch.bfloat16)
+    model = make_model(backbone)
+    ids = prompt_ids().cuda()
+    expected = model(ids)
+    model.set_attn_implementation("flash_attention_2")
+    torch.testing.assert_close(model(ids).logits, expected.logits, rtol=0.05, atol=0.05)
+
+
 def test_caches_do_not_go_with_a_changing_past(model):
     with pytest.raises(ValueError, match="`cache='prefix'` keeps .*`remask_scope='generated'`"):
         model.generate(prompt_ids(), cache="prefix", remask_scope="generated", remasking_score="head")

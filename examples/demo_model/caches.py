@@ -52,9 +52,7 @@ def main() -> None:
     model = AutoModel.from_pretrained(args.model, dtype=torch.float32)
     chosen = json.loads((args.model / "decoding_settings.json").read_text())["chosen"]
     problems = draw_problems(args.problems, args.seed, "test")
-    print(
-        "| unmasking | score | cache | head sees | accuracy | whole reasoning | passes | remasks | tokens as uncached |"
-    )
+    print("| unmasking | score | cache | head sees | accuracy | whole reasoning | passes | remasks | as uncached |")
     print("|---|---|---|---|---|---|---|---|---|")
     for rule, unmasking in RULES.items():
         for score in ("none", "visible", "head"):
