@@ -24,13 +24,13 @@ from torch.nn.functional import pad
 from .backbone_forward import (
     Places,
     additive_mask,
-    allowed_attention,
     forward_arguments,
     forward_at,
     position_offset,
     source_places,
 )
 from .block_cache import CanvasCache, Window
+from .canvas_view import Shadows, View, window_columns
 from .correction_head import reread_inputs
 
 CACHES = ("none", "prefix", "dual")
@@ -62,17 +62,27 @@ class CanvasReader:
         head_context (`str`): what the head sees: `"full"` or `"block"`.
         guidance_scale (`float`, *optional*): classifier-free guidance, `l_u + scale * (l_c - l_u)` with the logits
             `l_u` of the same canvas without the prompt (arXiv 2502.09992, eq. 16); twice the forwards.
+        leaves_out (`bool`): whether positions will be left out, by shadow masks.
 
     Raises:
-        `ValueError`: the backbone can't be read with a cache.
+        `ValueError`: the backbone can't be read with a cache, or with shadow masks.
     """
 
-    def __init__(self, model, cache: str = "none", head_context: str = "full", guidance_scale: float | None = None):
+    def __init__(
+        self,
+        model,
+        cache: str = "none",
+        head_context: str = "full",
+        guidance_scale: float | None = None,
+        leaves_out: bool = False,
+    ):
         self.model, self.config, self.backbone = model, model.config, model.backbone
         self.kind, self.head_context = cache, head_context
         self.guidance_scale = None if guidance_scale in (None, 1) else guidance_scale
         self.causal_block = self.config.attention_block_length
         self.cache = self.head_cache = None
+        if leaves_out:
+            self._need("remasking_score='leave_one_out'", "position_ids")
         if cache != "none":
             self._need(f"cache={cache!r}", "past_key_values", "position_ids")
             self.cache = CanvasCache(self.backbone.config.get_text_config().num_hidden_layers)
@@ -115,15 +125,13 @@ class CanvasReader:
             left_out (`torch.BoolTensor`, *optional*): `(b, L)` CPU, visible positions to predict from all others.
             ask_head (`bool`): whether the head is wanted.
         """
-        if left_out is not None:
-            self._need("remasking_score='leave_one_out'", "position_ids")
         device = canvas.ids.device
         places = tuple(index.to(device) for index in wanted.nonzero(as_tuple=True))
         if self.cache is None and left_out is None:
             return self._read_whole(canvas, places, ask_head)
-        columns = self._columns(self._window(canvas, rows), device)
-        view = _View.of(canvas, rows.to(device), columns)
-        shadows = None if left_out is None else _Shadows.of(left_out, device)
+        columns = window_columns(self._window(canvas, rows), device)
+        view = View.of(canvas, rows.to(device), columns)
+        shadows = None if left_out is None else Shadows.of(left_out, device)
         sources = source_places(places, self.config.logits_shift, view.mask)
         selected = (sources[0], view.where[sources])
         if shadows is not None:
@@ -163,8 +171,8 @@ class CanvasReader:
             error_logits = self.model.score(ids, logits, states, mask, positions)
             error_logits = pad(error_logits, (0, length - stop), value=torch.nan)
         elif ask_head:
-            columns = self._columns(canvas.blocks_cpu == canvas.current[:, None], ids.device)
-            view = _View.of(canvas, torch.arange(len(ids), device=ids.device), columns)
+            columns = window_columns(canvas.blocks_cpu == canvas.current[:, None], ids.device)
+            view = View.of(canvas, torch.arange(len(ids), device=ids.device), columns)
             here = view.rows[:, None], columns
             error_logits = self._run_head(canvas, view, states[here], logits[here] if reread else None)
         logits = logits[places] if reread else logits
@@ -173,7 +181,7 @@ class CanvasReader:
             logits = self._guided(logits, self.model.read(unprompted, mask, positions, places=places)[0])
         return CanvasReading(logits, error_logits=error_logits)
 
-    def _forward(self, canvas, view: _View, shadows: _Shadows | None, ids, selected, branch: int):
+    def _forward(self, canvas, view: View, shadows: Shadows | None, ids, selected, branch: int):
         """The backbone on a window of `ids` `(b, L)`, and on shadow masks behind it."""
         allowed = view.allowed(self.config)
         inputs = view.take(ids)
@@ -200,7 +208,7 @@ class CanvasReader:
         with torch.no_grad():
             return forward_at(self.backbone, arguments, self.config.tap_layer, selected)
 
-    def _ask_head(self, canvas, view: _View, logits, states) -> torch.Tensor:
+    def _ask_head(self, canvas, view: View, logits, states) -> torch.Tensor:
         """The head on the columns of a window whose predictions are in it too, `(b, L)`."""
         own = (canvas.blocks_cpu == canvas.current[:, None]).to(view.columns.device)[view.rows]
         here = torch.arange(len(view.columns), device=view.columns.device)[:, None]
@@ -214,9 +222,9 @@ class CanvasReader:
         if self.config.head_reread:
             aligned = logits[here, view.where.gather(1, sources.gather(1, columns))]
         states = states[here, view.where.gather(1, columns)]
-        return self._run_head(canvas, _View.of(canvas, view.rows, columns), states, aligned)
+        return self._run_head(canvas, View.of(canvas, view.rows, columns), states, aligned)
 
-    def _run_head(self, canvas, view: _View, states, aligned) -> torch.Tensor:
+    def _run_head(self, canvas, view: View, states, aligned) -> torch.Tensor:
         """The head on the columns of a view, given their states `(b, W, D)` and the logits `(b, W, V)` that predict
         their tokens, and on those that it keeps; `(b, L)`."""
         here, columns = torch.arange(len(view.columns), device=view.columns.device)[:, None], view.columns
@@ -264,97 +272,12 @@ class CanvasReader:
         last = torch.where(own, blocks, -1).amax(1, keepdim=True)
         return torch.where(blocks <= last, torch.arange(blocks.shape[1])[None], 0).amax(1)
 
-    @staticmethod
-    def _columns(window: torch.Tensor, device) -> torch.Tensor:
-        """The columns of a window `(b, L)`, `(b, W)`; rows with fewer repeat their last."""
-        length = window.shape[1]
-        columns = torch.where(window, torch.arange(length), length).sort(dim=1).values[:, : int(window.sum(1).max())]
-        last = columns.masked_fill(columns == length, -1).amax(1, keepdim=True)
-        return torch.minimum(columns, last).to(device)
-
     def _unprompted(self, canvas) -> torch.Tensor:
         """The canvas with masks in place of the prompt."""
         return canvas.ids.masked_fill(canvas.blocks < 0, self.config.mask_token_id)
 
     def _guided(self, prompted: torch.Tensor, unprompted: torch.Tensor) -> torch.Tensor:
         return unprompted + self.guidance_scale * (prompted - unprompted)
-
-
-@dataclass
-class _View:
-    """A window on some rows of a canvas; tensors on the device.
-
-    Args:
-        rows: `(b,)`, rows of the canvas.
-        columns: `(b, W)`.
-        ids, mask, all_positions: `(b, L)`, of the whole rows.
-        where: `(b, L)`, the place of each column in the window, 0 for those outside.
-        inside: `(b, L)`, whether it has one.
-    """
-
-    rows: torch.Tensor
-    columns: torch.Tensor
-    ids: torch.Tensor
-    mask: torch.Tensor
-    all_positions: torch.Tensor
-    where: torch.Tensor
-    inside: torch.Tensor
-
-    @classmethod
-    def of(cls, canvas, rows: torch.Tensor, columns: torch.Tensor) -> _View:
-        ids, mask, positions = (t[rows] for t in (canvas.ids, canvas.attention_mask, canvas.position_ids))
-        order = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
-        where = torch.zeros_like(ids).scatter_(1, columns, order)
-        inside = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, columns, True)
-        return cls(rows, columns, ids, mask, positions, where, inside)
-
-    def take(self, values: torch.Tensor) -> torch.Tensor:
-        """`(b, L)` to `(b, W)`."""
-        return values.gather(1, self.columns)
-
-    @property
-    def positions(self) -> torch.Tensor:
-        return self.take(self.all_positions)
-
-    def sources(self, shift: int) -> torch.Tensor:
-        """The column `(b, L)` in which each column's token is predicted."""
-        columns = torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)
-        rows = torch.arange(len(self.ids), device=self.ids.device)[:, None].expand_as(self.ids)
-        return source_places((rows, columns), shift, self.mask)[1]
-
-    def allowed(self, config) -> torch.Tensor:
-        """What each column of the window may see, `(b, W, L)`."""
-        return allowed_attention(config, self.mask, self.all_positions, self.columns)
-
-
-@dataclass
-class _Shadows:
-    """Shadow masks behind a window, one for each position to leave out (WINO; `methods.md`, section 4).
-
-    Args:
-        columns: `(b, S)`, the column that each stands for; rows with fewer repeat one.
-        places: which of them are real, `(M,)` rows and places.
-    """
-
-    columns: torch.Tensor
-    places: Places
-
-    @classmethod
-    def of(cls, left_out: torch.Tensor, device) -> _Shadows:
-        columns = CanvasReader._columns(left_out, "cpu").clamp(min=0)
-        real = torch.arange(columns.shape[1])[None] < left_out.sum(1, keepdim=True)
-        return cls(columns.to(device), tuple(index.to(device) for index in real.nonzero(as_tuple=True)))
-
-    def allowed(self, config, view: _View) -> torch.Tensor:
-        """`(b, S, L)`: what the place of prediction may see, without the token."""
-        sources = view.sources(config.logits_shift).gather(1, self.columns)
-        allowed = allowed_attention(config, view.mask, view.all_positions, sources)
-        columns = torch.arange(allowed.shape[2], device=allowed.device)
-        return allowed & (self.columns[:, :, None] != columns)
-
-    def positions(self, config, view: _View) -> torch.Tensor:
-        """The position id of the place of prediction, `(b, S)`."""
-        return (view.all_positions.gather(1, self.columns) - config.logits_shift).clamp(min=0)
 
 
 __all__ = ["CACHES", "HEAD_CONTEXTS", "CanvasReader", "CanvasReading"]

@@ -85,7 +85,8 @@ class GenerationRun:
         unguided.guidance_scale, unguided._eos_token_tensor = None, self.eos
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
         self.blocks, self.attention_mask, self.positions = blocks, attention_mask, positions
-        self.reader = CanvasReader(self.model, config.cache, config.head_context, config.guidance_scale)
+        leaves_out = config.remasking_score == "leave_one_out"
+        self.reader = CanvasReader(self.model, config.cache, config.head_context, config.guidance_scale, leaves_out)
         self.options = DecodingOptions(
             mask_token_id=self.model.config.mask_token_id,
             token_count=self.model.config.token_count,
