@@ -13,27 +13,9 @@ import torch
 from transformers import LogitsProcessorList
 
 from .canvas import COUNTS, Canvas
+from .decoding_history import DecodingStep, record
 from .remasking import NEEDS, SCORES, Reading, ThresholdSelection
 from .unmasking import UnmaskingPolicy
-
-
-@dataclass
-class DecodingStep:
-    """One step of the decode, for all rows of the batch, on the CPU. Tensors `(B, L)`, `active` `(B,)`.
-
-    Args:
-        sequences (`torch.LongTensor`): the ids after the step.
-        unmasked (`torch.BoolTensor`): positions that were filled.
-        remasked (`torch.BoolTensor`): positions that were taken back.
-        scored (`torch.BoolTensor`): positions that were judged.
-        active (`torch.BoolTensor`): rows that took part.
-    """
-
-    sequences: torch.Tensor
-    unmasked: torch.Tensor
-    remasked: torch.Tensor
-    scored: torch.Tensor
-    active: torch.Tensor
 
 
 @dataclass
@@ -255,7 +237,7 @@ def decode(
             )
         canvas.masked = left | (canvas.masked & ~fill)
         if options.history is not None:
-            _record(options.history, canvas, unmasked, remasked, scored)
+            record(options.history, canvas, unmasked, remasked, scored)
         if on_step is not None:
             on_step(canvas)
         filled = ~left.any(1)
@@ -304,21 +286,3 @@ def _advance(
         rows = (~done).nonzero()[:, 0]
         canvas.select(rows)
         reader.select_rows(rows.to(canvas.ids.device))
-
-
-def _record(history: list, canvas: Canvas, unmasked, remasked, scored) -> None:
-    """Append a step to the history, in the order of the caller's rows."""
-    batch = history[0].active.shape[0] if history else len(canvas.rows)
-    previous = history[-1].sequences if history else torch.zeros(batch, canvas.ids.shape[1], dtype=torch.long)
-
-    def place(values: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        base = base.clone()
-        base[canvas.rows] = values.cpu()
-        return base
-
-    nothing = torch.zeros(batch, canvas.ids.shape[1], dtype=torch.bool)
-    active = torch.zeros(batch, dtype=torch.bool)
-    active[canvas.rows] = True
-    history.append(
-        DecodingStep(place(canvas.ids, previous), *(place(v, nothing) for v in (unmasked, remasked, scored)), active)
-    )

@@ -226,7 +226,9 @@ class DSCGenerationConfig(GenerationConfig):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if value is not None and not (number and low <= value and (high is None or value < high)):
                 raise ValueError(f"`{name}={value!r}` must be {says}.")
-        if getattr(self, "cache", None) not in (None, "none") and getattr(self, "remask_scope", None) == "generated":
+        cached = getattr(self, "cache", None) not in (None, "none")
+        remasks = getattr(self, "remasking_score", None) not in (None, "none")
+        if cached and remasks and getattr(self, "remask_scope", None) == "generated":
             raise ValueError(
                 f"`cache={self.cache!r}` keeps what was read of finished blocks, which `remask_scope='generated'` "
                 "would change; use `remask_scope='block'` or `cache='none'`."
