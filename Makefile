@@ -37,9 +37,9 @@ style: $(VENV)/.installed ## Format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(VENV)/.installed ## Measure the overhead of the decode loop
-	@echo "==> Running benchmarks/decode_overhead.py"
-	@$(BIN)/python benchmarks/decode_overhead.py
+bench: $(VENV)/.installed ## Measure decoding against bare forwards and peers (15 minutes; benchmarks/README.md)
+	@echo "==> Running benchmarks/run.py: keep the machine idle; it writes build/bench.json and benchmarks/README.md"
+	@$(BIN)/python benchmarks/run.py
 
 clean: ## Remove the environment and everything built
 	rm -rf $(VENV) build

@@ -22,6 +22,8 @@ from .backbone_parts import transformer_blocks
 
 logger = logging.get_logger(__name__)
 
+Places = tuple[torch.Tensor, torch.Tensor]
+"""Rows and columns, `(N,)` each."""
 PADDING_MASKS = ("2d", "4d_additive", "4d_bool", "none")
 
 
@@ -32,7 +34,9 @@ def run_backbone(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.LongTensor | None = None,
     tap_layer: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    places: Places | None = None,
+    with_logits: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """One forward of a backbone.
 
     Args:
@@ -43,13 +47,20 @@ def run_backbone(
         attention_mask (`torch.Tensor`, *optional*): `(B, L)`, 0 at padding.
         position_ids (`torch.LongTensor`, *optional*): `(B, L)`, counted from 0; by default the column.
         tap_layer (`int`, *optional*): the block whose output is wanted.
+        places (`tuple[torch.LongTensor, torch.LongTensor]`, *optional*): rows and columns `(N,)` of the tokens whose
+            prediction is wanted; the LM head runs there only.
+        with_logits (`bool`): if not, the forward ends behind the tapped block.
 
     Returns:
-        `tuple`: logits `(B, L, V)`, position `i` predicting token `i`, and the states `(B, L, D)`, or None.
+        `tuple`: logits `(B, L, V)`, position `i` predicting token `i`, or `(N, V)` if `places` were given, or None;
+        and the states `(B, L, D)`, or None.
     """
+    shift = getattr(config, "logits_shift", 0) or 0
     form = getattr(config, "padding_mask", None) or "2d"
     if form == "none" and attention_mask is not None and not attention_mask.all():
         logits, states = _by_padding(backbone, input_ids, attention_mask, position_ids, tap_layer)
+        if places is not None:
+            return logits[source_places(places, shift, attention_mask)], states
     else:
         inputs = {"input_ids": input_ids}
         accepted = forward_arguments(backbone)
@@ -59,8 +70,22 @@ def run_backbone(
             inputs["attention_mask"] = _mask(backbone, config, form, input_ids, attention_mask, position_ids)
         if "timesteps" in accepted:  # MDLM's time: it ignores the numbers, but stops without them
             inputs["timesteps"] = torch.zeros(len(input_ids), device=input_ids.device)
-        logits, states = _forward(backbone, inputs, tap_layer)
-    return align_logits(logits, getattr(config, "logits_shift", 0) or 0, attention_mask), states
+        if "use_cache" in accepted:
+            inputs["use_cache"] = False
+        sources = None if places is None else source_places(places, shift, attention_mask)
+        logits, states = forward_at(backbone, inputs, tap_layer, sources, with_logits)
+        if places is not None or not with_logits:
+            return logits, states
+    return align_logits(logits, shift, attention_mask), states
+
+
+def source_places(places: Places, shift: int, attention_mask: torch.Tensor | None = None) -> Places:
+    """Where the predictions of tokens are made: `shift` columns before, but for the first token of a row."""
+    rows, columns = places
+    if shift == 0:
+        return places
+    first = 0 if attention_mask is None else attention_mask.long().argmax(1)[rows]
+    return rows, torch.where(columns == first, columns, columns - 1).clamp(min=0)
 
 
 def align_logits(logits: torch.Tensor, shift: int, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -86,7 +111,10 @@ def aligned_logits(model: nn.Module, input_ids: torch.Tensor, attention_mask: to
 
 
 def allowed_attention(
-    config: Any, attention_mask: torch.Tensor, position_ids: torch.Tensor | None = None
+    config: Any,
+    attention_mask: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    columns: torch.LongTensor | None = None,
 ) -> torch.BoolTensor:
     """Which key (last axis) each query may see, `(B, L, L)`: no padding, and no later block.
 
@@ -96,15 +124,17 @@ def allowed_attention(
         config: as of [`run_backbone`].
         attention_mask (`torch.Tensor`): `(B, L)`, 0 at padding.
         position_ids (`torch.LongTensor`, *optional*): `(B, L)`; by default the column.
+        columns (`torch.LongTensor`, *optional*): `(B, W)`, queries of these columns only: `(B, W, L)`.
     """
     batch, length = attention_mask.shape
-    columns = torch.arange(length, device=attention_mask.device)
-    allowed = attention_mask.bool()[:, None].expand(batch, length, length)
+    every = torch.arange(length, device=attention_mask.device).expand(batch, length)
+    columns = every if columns is None else columns
+    allowed = attention_mask.bool()[:, None].expand(batch, columns.shape[1], length)
     block_length = getattr(config, "attention_block_length", None)
     if block_length is not None:
-        blocks = (columns[None] if position_ids is None else position_ids) // block_length
-        allowed = allowed & (blocks[:, :, None] >= blocks[:, None])
-    return allowed | (columns[:, None] == columns)
+        blocks = (every if position_ids is None else position_ids.expand(batch, length)) // block_length
+        allowed = allowed & (blocks.gather(1, columns)[:, :, None] >= blocks[:, None])
+    return allowed | (columns[:, :, None] == every[:, None])
 
 
 def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -141,21 +171,55 @@ def _mask(backbone, config, form, input_ids, attention_mask, position_ids) -> to
     return additive_mask(allowed, next(backbone.parameters()).dtype)
 
 
-def _forward(backbone, inputs: dict[str, Any], tap_layer: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Raw logits, and the tapped block's output by a forward hook."""
-    tapped = []
+class _EnoughSeen(Exception):
+    """Raised by a hook when nothing further of a forward is wanted."""
+
+
+def forward_at(
+    backbone: PreTrainedModel,
+    inputs: dict[str, Any],
+    tap_layer: int | None,
+    places: Places | None,
+    with_logits: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """One bare forward: raw logits, at all positions or `(N, V)` at some, and the output of the tapped block.
+
+    A hook in front of the LM head's last layer hands on only what is wanted, so that it holds for every class. Without
+    logits the forward ends behind the tapped block.
+    """
+    tapped, selected, handles = [], [], []
 
     def tap(module, arguments, output):
         tapped.append(output[0] if isinstance(output, tuple) else output)
+        if not with_logits:
+            raise _EnoughSeen
 
-    if tap_layer is None:
-        return _logits(backbone(**inputs)), None
-    handle = transformer_blocks(backbone)[tap_layer].register_forward_hook(tap)
+    def select(module, arguments):
+        selected.append(True)
+        return (arguments[0][places], *arguments[1:])
+
+    if tap_layer is not None:
+        handles.append(transformer_blocks(backbone)[tap_layer].register_forward_hook(tap))
+    lm_head = None if places is None else _lm_head(backbone)
+    if lm_head is not None:
+        handles.append(lm_head.register_forward_pre_hook(select))
     try:
         logits = _logits(backbone(**inputs))
+    except _EnoughSeen:
+        return None, tapped[-1]
     finally:
-        handle.remove()
-    return logits, tapped[-1]
+        for handle in handles:
+            handle.remove()
+    if places is not None and not selected:
+        logits = logits[places]
+    return logits, tapped[-1] if tapped else None
+
+
+def _lm_head(backbone: PreTrainedModel) -> nn.Module | None:
+    try:
+        return backbone.get_output_embeddings()
+    except (AttributeError, NotImplementedError):  # remote code
+        return None
 
 
 def _logits(output: Any) -> torch.Tensor:

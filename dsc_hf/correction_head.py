@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers import LlamaConfig
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
@@ -77,14 +78,16 @@ class CorrectionHead(nn.Module):
         reread: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
     ) -> torch.Tensor:
         """Score every position.
 
         Args:
             hidden_states (`torch.Tensor`): `(B, L, D)`, output of the tapped block.
             reread (`torch.Tensor`, *optional*): `(B, L, 4)` from [`reread_inputs`]; needed if `head_reread`.
-            attention_mask (`torch.Tensor`, *optional*): `(B, L)`, 0 at padding.
+            attention_mask (`torch.Tensor`, *optional*): `(B, L)`, 0 at padding, or an additive `(B, 1, L, keys)`.
             position_ids (`torch.LongTensor`, *optional*): `(B, L)`.
+            past_key_values (`Cache`, *optional*): keys and values of other positions; needs the additive mask.
 
         Returns:
             `torch.Tensor`: `(B, L)`, fp32, the logit that the token is correct.
@@ -95,10 +98,18 @@ class CorrectionHead(nn.Module):
             states = states + self.reread_projection(reread.to(dtype))
         if position_ids is None:
             position_ids = torch.arange(states.shape[1], device=states.device)[None]
-        mask = create_bidirectional_mask(config=self.layer_config, inputs_embeds=states, attention_mask=attention_mask)
+        mask = attention_mask
+        if mask is None or mask.dim() == 2:
+            mask = create_bidirectional_mask(config=self.layer_config, inputs_embeds=states, attention_mask=mask)
         rotary = self.rotary_emb(states, position_ids=position_ids)
         for layer in self.layers:
-            states = layer(states, attention_mask=mask, position_ids=position_ids, position_embeddings=rotary)
+            states = layer(
+                states,
+                attention_mask=mask,
+                position_ids=position_ids,
+                position_embeddings=rotary,
+                past_key_values=past_key_values,
+            )
         logits = self.score(self.norm(states))
         if reread is not None:
             logits = logits + self.reread_skip(reread.to(dtype))

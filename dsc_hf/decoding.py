@@ -7,75 +7,15 @@ the batch when it is finished. Nothing here knows prompts or text: a *canvas* ha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import pad
 from transformers import LogitsProcessorList
 
-from .remasking import SCORES, Reading, RemaskState, ThresholdSelection
-from .unmasking import FixedUnmasking
-
-
-@dataclass
-class DecodingStep:
-    """One step of the decode, for all rows of the batch, on the CPU. Tensors `(B, L)`, `active` `(B,)`.
-
-    Args:
-        sequences (`torch.LongTensor`): the ids after the step.
-        unmasked (`torch.BoolTensor`): positions that were filled.
-        remasked (`torch.BoolTensor`): positions that were taken back.
-        scored (`torch.BoolTensor`): positions that were judged.
-        active (`torch.BoolTensor`): rows that took part.
-    """
-
-    sequences: torch.Tensor
-    unmasked: torch.Tensor
-    remasked: torch.Tensor
-    scored: torch.Tensor
-    active: torch.Tensor
-
-
-@dataclass
-class Canvas:
-    """The state of a batch of decodes, one row each; device tensors unless said.
-
-    Args:
-        ids (`torch.LongTensor`): `(B, L)`.
-        blocks (`torch.LongTensor`): `(B, L)`, the block of each position to fill, from 0; -1 for all others.
-        attention_mask (`torch.LongTensor`), position_ids (`torch.LongTensor`): `(B, L)`.
-    """
-
-    ids: torch.Tensor
-    blocks: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-    rows: torch.Tensor = field(init=False)  # (B,) CPU: row in the caller's batch
-    current: torch.Tensor = field(init=False)  # (B,) CPU: block that is worked on
-    step: torch.Tensor = field(init=False)  # (B,) CPU: steps done in this block
-    verification: torch.Tensor = field(init=False)  # (B,) CPU: of this block: 0 not yet, 1 in this step, 2 done
-    written: torch.Tensor = field(init=False)  # (B, L): probability of each token when it was written
-    errors: torch.Tensor = field(init=False)  # (B, L): error probability when last judged, NaN before
-    state: RemaskState = field(init=False)
-    forward_passes: torch.Tensor = field(init=False)  # (B,) CPU
-
-    def __post_init__(self):
-        batch = len(self.ids)
-        self.rows = torch.arange(batch)
-        for name in ("current", "step", "verification", "forward_passes"):
-            setattr(self, name, torch.zeros(batch, dtype=torch.long))
-        self.written = torch.ones(self.ids.shape, device=self.ids.device)
-        self.errors = torch.full_like(self.written, torch.nan)
-        self.state = RemaskState.empty(self.ids)
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep only these rows (`(B,)` CPU indices)."""
-        for name in ("rows", "current", "step", "verification", "forward_passes"):
-            setattr(self, name, getattr(self, name)[rows])
-        rows = rows.to(self.ids.device)
-        for name in ("ids", "blocks", "attention_mask", "position_ids", "written", "errors"):
-            setattr(self, name, getattr(self, name)[rows])
-        self.state = self.state.select_rows(rows)
+from .canvas import COUNTS, Canvas
+from .decoding_history import DecodingStep, record
+from .remasking import NEEDS, SCORES, Reading, ThresholdSelection
+from .unmasking import UnmaskingPolicy
 
 
 @dataclass
@@ -84,7 +24,7 @@ class DecodingOptions:
 
     mask_token_id: int
     token_count: int | None
-    unmasking: FixedUnmasking
+    unmasking: UnmaskingPolicy
     score: str
     selection: ThresholdSelection
     stride: int
@@ -100,52 +40,109 @@ class DecodingOptions:
     def remasks(self) -> bool:
         return self.score != "none" and self.selection.threshold < 1 and self.selection.top_k != 0
 
+    @property
+    def head_kept(self) -> bool:
+        """Whether the head is asked at all."""
+        return self.remasks and self.score == "head"
+
 
 @dataclass
 class Prediction:
-    """What the backbone says in one forward; tensors `(B, L)`, zero outside the columns that were asked for.
+    """What the model says in one step; tensors `(B, L)`, meaningless where nothing was asked.
 
     Args:
         tokens (`torch.LongTensor`): the predicted token.
         confidence (`torch.Tensor`): its probability; NaN where no token can be chosen.
+        measure (`torch.Tensor`): what the unmasking policy goes by: the confidence, or minus the entropy.
         visible (`torch.Tensor`): the probability of the token that stands there.
-        error_logits (`torch.Tensor`, *optional*): the head's logits for *correct*.
+        left_out (`torch.Tensor`): its probability given all other tokens.
+        error_logits (`torch.Tensor`): the head's logits for *correct*.
     """
 
     tokens: torch.Tensor
     confidence: torch.Tensor
+    measure: torch.Tensor
     visible: torch.Tensor
-    error_logits: torch.Tensor | None
+    left_out: torch.Tensor
+    error_logits: torch.Tensor
+
+    @classmethod
+    def empty(cls, ids: torch.Tensor) -> Prediction:
+        nan = torch.full(ids.shape, torch.nan, device=ids.device)
+        return cls(torch.zeros_like(ids), *(nan.clone() for _ in range(5)))
 
 
-def predict(model, canvas: Canvas, options: DecodingOptions, columns: slice, with_head: bool) -> Prediction:
-    """One backbone forward on the canvas, and the head on top if asked.
+def predict(
+    reader, canvas: Canvas, options: DecodingOptions, fill: torch.Tensor, judged: torch.Tensor, ask_head: bool
+) -> Prediction:
+    """One reading of the canvas: a forward, or two where some rows begin a block and others do not (with a cache).
 
-    The confidence of a token is the backbone's own probability of it (mask and padding ids excluded), before any
-    logits processor; the processors see one row for each position.
+    The confidence of a token is the model's own probability of it (mask and padding ids excluded), before any logits
+    processor; the processors see one row for each position to fill.
+
+    Args:
+        reader ([`CanvasReader`]): of the canvas.
+        canvas ([`Canvas`]): left as it is, but for its counts.
+        options ([`DecodingOptions`]): what is needed.
+        fill (`torch.BoolTensor`): `(B, L)` CPU, masks whose token is to be predicted.
+        judged (`torch.BoolTensor`): `(B, L)` CPU, tokens that the score may have to judge.
+        ask_head (`bool`): whether the head is asked.
     """
-    inputs = (canvas.attention_mask, canvas.position_ids)
-    raw, hidden_states = model.read(canvas.ids, *inputs)
-    error_logits = model.score(canvas.ids, raw, hidden_states, *inputs) if with_head else None
-    ids, logits = canvas.ids[:, columns], raw[:, columns].float()
-    _ban(logits, options)
+    needs = NEEDS.get(options.score)
+    wanted = fill | judged if needs == "visible" else fill
+    prediction = Prediction.empty(canvas.ids)
+    for rows in reader.groups(canvas):
+        begins = reader.cache is not None and bool(canvas.step[rows[0]] == 0)
+        with_head = ask_head or (begins and options.head_kept and reader.keeps_head)
+        left_out = judged[rows] if needs == "left_out" and judged[rows].any() else None
+        reading = reader.read(canvas, rows, wanted[rows], left_out, with_head)
+        canvas.counts["forward_passes"][rows] += reader.forwards
+        canvas.counts["head_passes"][rows] += with_head
+        canvas.counts["cache_refreshes"][rows] += begins
+        places = _places(wanted, rows, canvas.ids.device)
+        to_fill = fill[rows][wanted[rows]].nonzero()[:, 0].to(canvas.ids.device)
+        _predict_tokens(prediction, canvas, options, reading.logits, places, to_fill)
+        if left_out is not None:
+            places = _places(judged, rows, canvas.ids.device)
+            logits = _ban(reading.left_out.float(), options)
+            prediction.left_out[places] = _probability(logits, canvas.ids[places], logits.logsumexp(-1))
+        if reading.error_logits is not None:
+            prediction.error_logits[rows.to(canvas.ids.device)] = reading.error_logits
+    return prediction
+
+
+def _places(wanted: torch.Tensor, rows: torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns `(N,)` of the wanted positions of some rows, in the canvas."""
+    row, column = wanted[rows].nonzero(as_tuple=True)
+    return rows[row].to(device), column.to(device)
+
+
+def _predict_tokens(prediction: Prediction, canvas: Canvas, options, logits, places, to_fill) -> None:
+    """Write tokens and probabilities of logits `(N, V)` to their places; `to_fill` says which of them are masks."""
+    logits = _ban(logits.float(), options)
     log_z = logits.logsumexp(-1)
+    prediction.visible[places] = _probability(logits, canvas.ids[places], log_z)
+    if len(to_fill) < len(logits):
+        logits, log_z = logits[to_fill], log_z[to_fill]
+        places = tuple(index[to_fill] for index in places)
     scores = logits
     if options.logits_processor:
-        width = ids.shape[1]
-        flat = options.logits_processor(canvas.ids.repeat_interleave(width, 0), logits.flatten(0, 1).clone())
-        scores = _ban(flat.view_as(logits), options)
+        scores = _ban(options.logits_processor(canvas.ids[places[0]], logits.clone()), options)
     best, tokens = scores.max(-1)
     if options.sample:  # argmax of p / Exp(1) is a draw from p
         noise = torch.empty_like(scores).exponential_(generator=options.generator)
         tokens = (scores - noise.log()).argmax(-1)
+    confidence = _probability(logits, tokens, log_z).masked_fill(~(best > -torch.inf), torch.nan)
+    prediction.tokens[places], prediction.confidence[places] = tokens, confidence
+    measure = confidence
+    if options.unmasking.measure == "entropy":
+        log_p = (logits - log_z[:, None]).clamp(min=-1e4)
+        measure = (log_p.exp() * log_p).sum(-1).masked_fill(confidence.isnan(), torch.nan)
+    prediction.measure[places] = measure
 
-    def probability(of: torch.Tensor) -> torch.Tensor:
-        return (logits.gather(-1, of[..., None])[..., 0] - log_z).exp()
 
-    confidence = probability(tokens).masked_fill(~(best > -torch.inf), torch.nan)
-    room = (columns.start, canvas.ids.shape[1] - columns.stop)
-    return Prediction(pad(tokens, room), pad(confidence, room), pad(probability(ids), room), error_logits)
+def _probability(logits: torch.Tensor, tokens: torch.Tensor, log_z: torch.Tensor) -> torch.Tensor:
+    return (logits.gather(-1, tokens[..., None])[..., 0] - log_z).exp()
 
 
 def _ban(logits: torch.Tensor, options: DecodingOptions) -> torch.Tensor:
@@ -158,12 +155,12 @@ def _ban(logits: torch.Tensor, options: DecodingOptions) -> torch.Tensor:
 
 def judge(prediction: Prediction, written: torch.Tensor, options: DecodingOptions) -> torch.Tensor:
     """Error probabilities `(B, L)` by the chosen score."""
-    reading = Reading(prediction.error_logits, prediction.visible, written, options.generator)
+    reading = Reading(prediction.error_logits, prediction.visible, prediction.left_out, written, options.generator)
     return SCORES[options.score](reading)
 
 
 def decode(
-    model,
+    reader,
     canvas: Canvas,
     options: DecodingOptions,
     finish: Callable[[Canvas, torch.Tensor], torch.Tensor],
@@ -173,7 +170,8 @@ def decode(
 
     Until no row is left:
 
-    1. Read: one backbone forward on all rows, which also gives the tapped states for the head.
+    1. Read: a backbone forward, with the LM head at the masks of each row's block and, if the score needs it, at its
+       visible tokens; the tapped states are for the head.
     2. Unmask: fill masks of each row's block by the unmasking policy.
     3. Take back: every `stride`-th step of a block, unless this step has just filled its last mask, judge the tokens
        that stood there *before* this step (`rescore` spends another forward and judges the updated sequence) and
@@ -183,7 +181,7 @@ def decode(
        block and says which of them are done; these leave the batch.
 
     Args:
-        model ([`DSCForMaskedDiffusion`]): for `read` and `score`.
+        reader ([`CanvasReader`]): reads the canvas.
         canvas ([`Canvas`]): changed in place, left without rows.
         options ([`DecodingOptions`]): what to do.
         finish (`Callable`): as above; called with the canvas before rows advance.
@@ -192,27 +190,23 @@ def decode(
     Raises:
         `ValueError`: no token can be chosen: the logits are NaN, or every token is banned.
     """
-    ends = [int(column) + 1 for column in _last_columns(canvas.blocks)]
-    start = int((canvas.blocks >= 0).any(0).nonzero()[0])
-    with_head = options.remasks and options.score == "head"
+    device = canvas.ids.device
     while len(canvas.rows):
-        columns = slice(start, ends[int(canvas.current.max())])
-        device = canvas.ids.device
-        current = canvas.current.to(device)[:, None]
-        in_block = (canvas.blocks == current) if options.scope == "block" else canvas.blocks.ge(0)
-        in_block = in_block & (canvas.blocks <= current)
-        masked = (canvas.blocks >= 0) & (canvas.blocks <= current) & (canvas.ids == options.mask_token_id)
+        current = canvas.current[:, None]
+        in_scope = (canvas.blocks_cpu == current) if options.scope == "block" else canvas.blocks_cpu >= 0
+        in_scope &= canvas.blocks_cpu <= current
+        fill = canvas.masked & (canvas.blocks_cpu <= current)
+        masked, candidates = fill.to(device), (in_scope & ~fill).to(device)
 
         # 1. Read
         verifying = canvas.verification == 1
         scoring = (verifying | (canvas.step % options.stride == options.stride - 1)) & options.remasks
-        any_scoring = bool(scoring.any())
-        ask_head = with_head and bool((verifying if options.rescore else scoring).any())
-        prediction = predict(model, canvas, options, columns, ask_head)
-        canvas.forward_passes += 1
+        now = verifying if options.rescore else scoring
+        judged = in_scope & ~fill & now[:, None]
+        prediction = predict(reader, canvas, options, fill, judged, options.head_kept and bool(now.any()))
 
         # 2. Unmask
-        unmasked = options.unmasking(prediction.confidence, masked)
+        unmasked = options.unmasking(prediction.measure, masked)
         canvas.ids = torch.where(unmasked, prediction.tokens, canvas.ids)
         canvas.written = torch.where(unmasked, prediction.confidence, canvas.written)
         broken = (prediction.confidence.isnan() & masked).any(1)
@@ -220,75 +214,75 @@ def decode(
 
         # 3. Take back
         remasked = scored = torch.zeros_like(unmasked)
-        if any_scoring:
-            judged = scoring.to(device) & (unfilled.any(1) | verifying.to(device))
-            if options.rescore:
-                again = judged.cpu() & ~verifying  # a verification has already read the finished block
-                if again.any():
-                    prediction = predict(model, canvas, options, columns, with_head)
-                    canvas.forward_passes += again
-                any_scoring = bool((again | verifying).any())
-        if any_scoring:
-            scored = in_block & ~masked & judged[:, None]
+        if bool(scoring.any()):
+            worth = scoring.to(device) & (unfilled.any(1) | verifying.to(device))
             errors = judge(prediction, canvas.written, options)
+            if options.rescore:
+                errors = _rescore(reader, canvas, options, worth, verifying, in_scope & ~fill, errors)
+            scored = candidates & worth[:, None]
             remasked = options.selection(errors, scored, canvas.state)
             canvas.errors = torch.where(scored, errors, canvas.errors).masked_fill(remasked, torch.nan)
-            canvas.ids = canvas.ids.masked_fill(remasked, options.mask_token_id)
+        _count(canvas, unmasked, remasked)
+        canvas.ids = canvas.ids.masked_fill(remasked, options.mask_token_id)
 
         # 4. Complete
-        filled = ~(unfilled | remasked).any(1)
-        filled, broken = torch.stack([filled, broken]).cpu()  # the step's one synchronisation
+        left = unfilled | remasked
+        left = torch.cat([left, broken[:, None]], dim=1).cpu()  # the step's one synchronisation
+        left, broken = left[:, :-1], left[:, -1]
         if broken.any():
             raise ValueError(
-                f"No token can be chosen for row {int(canvas.rows[broken][0])} of `input_ids`: the backbone returned "
-                "NaN logits (check its weights and dtype; fp16 overflows where bf16 does not), or `suppress_tokens`, "
-                "`bad_words_ids` or a `logits_processor` leave no token (allow some)."
+                f"No token can be chosen for row {int(canvas.rows[broken][0])} of `input_ids`: the backbone "
+                "returned NaN logits (check its weights and dtype; fp16 overflows where bf16 does not), or "
+                "`suppress_tokens`, `bad_words_ids` or a `logits_processor` leave no token (allow some)."
             )
+        canvas.masked = left | (canvas.masked & ~fill)
         if options.history is not None:
-            _record(options.history, canvas, unmasked, remasked, scored)
+            record(options.history, canvas, unmasked, remasked, scored)
         if on_step is not None:
             on_step(canvas)
+        filled = ~left.any(1)
         canvas.verification += verifying
         verify = filled & (canvas.verification == 0) & (options.verify_block and options.remasks)
         canvas.verification += verify
         completed = filled & ~verify
         canvas.step += 1
         if completed.any():
-            _advance(canvas, completed, finish)
+            _advance(reader, canvas, completed, finish)
 
 
-def _advance(canvas: Canvas, completed: torch.Tensor, finish: Callable[[Canvas, torch.Tensor], torch.Tensor]) -> None:
+def _rescore(reader, canvas: Canvas, options, worth, verifying, candidates, errors) -> torch.Tensor:
+    """Error probabilities `(B, L)` of the updated sequence, by one more forward; a verification has it already."""
+    again = worth.cpu() & ~verifying
+    if not again.any():
+        return errors
+    passes = {name: canvas.counts[name].clone() for name in COUNTS}
+    prediction = predict(
+        reader, canvas, options, torch.zeros_like(candidates), candidates & again[:, None], options.head_kept
+    )
+    for name, before in passes.items():  # the others' rows were read along for nothing
+        canvas.counts[name] = torch.where(again, canvas.counts[name], before)
+    return torch.where(again.to(errors.device)[:, None], judge(prediction, canvas.written, options), errors)
+
+
+def _count(canvas: Canvas, unmasked: torch.Tensor, remasked: torch.Tensor) -> None:
+    """Keep the accounts of a step, before its remasked tokens are gone."""
+    canvas.counts["tokens_written"] += unmasked.sum(1)
+    changed = unmasked & (canvas.before >= 0) & (canvas.ids != canvas.before)
+    canvas.counts["tokens_changed"] += changed.sum(1)
+    canvas.before = torch.where(remasked, canvas.ids, canvas.before.masked_fill(unmasked, -1))
+
+
+def _advance(
+    reader, canvas: Canvas, completed: torch.Tensor, finish: Callable[[Canvas, torch.Tensor], torch.Tensor]
+) -> None:
     """Move rows with a completed block on to their next; drop those that are done."""
-    last = canvas.blocks.amax(1).cpu()
+    last = canvas.blocks_cpu.amax(1)
     done = completed & (finish(canvas, completed) | (canvas.current >= last))
     canvas.current += completed
     canvas.step = canvas.step.masked_fill(completed, 0)
     canvas.verification = canvas.verification.masked_fill(completed, 0)
     canvas.state.begin_block(completed.to(canvas.ids.device))
     if done.any():
-        canvas.select((~done).nonzero()[:, 0])
-
-
-def _last_columns(blocks: torch.Tensor) -> torch.Tensor:
-    """The last column of each block over all rows, `(number of blocks,)`, never falling."""
-    columns = torch.arange(blocks.shape[1], device=blocks.device)
-    last = [torch.where(blocks == block, columns, 0).max() for block in range(int(blocks.max()) + 1)]
-    return torch.stack(last).cummax(0).values
-
-
-def _record(history: list, canvas: Canvas, unmasked, remasked, scored) -> None:
-    """Append a step to the history, in the order of the caller's rows."""
-    batch = history[0].active.shape[0] if history else len(canvas.rows)
-    previous = history[-1].sequences if history else torch.zeros(batch, canvas.ids.shape[1], dtype=torch.long)
-
-    def place(values: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        base = base.clone()
-        base[canvas.rows] = values.cpu()
-        return base
-
-    nothing = torch.zeros(batch, canvas.ids.shape[1], dtype=torch.bool)
-    active = torch.zeros(batch, dtype=torch.bool)
-    active[canvas.rows] = True
-    history.append(
-        DecodingStep(place(canvas.ids, previous), *(place(v, nothing) for v in (unmasked, remasked, scored)), active)
-    )
+        rows = (~done).nonzero()[:, 0]
+        canvas.select(rows)
+        reader.select_rows(rows.to(canvas.ids.device))

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from .generation_config_dsc import DSCGenerationConfig
+from .generation_config_dsc import UNMASKING, UNMASKING_ARGUMENTS, DSCGenerationConfig, choose_unmasking
 from .generation_run import DSCGenerationOutput, GenerationRun
 from .hub_errors import unreadable
 
@@ -181,6 +181,8 @@ class DSCGenerationMixin(GenerationMixin):
         lengths = ("max_new_tokens", "max_length")  # two ways to set one thing
         if any(getattr(config, name) is not None for name in lengths):
             defaults = {k: v for k, v in defaults.items() if k not in lengths}
+        call = {name: kwargs.get(name) for name in UNMASKING_ARGUMENTS}
+        chosen = choose_unmasking(call, {name: getattr(config, name) for name in UNMASKING_ARGUMENTS}, defaults)
         config.update(**defaults, defaults_only=True)
         if any(kwargs.get(name) is not None for name in lengths):
             config.update(**dict.fromkeys(lengths))
@@ -191,6 +193,9 @@ class DSCGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"`{unknown[0]}={kwargs[unknown[0]]!r}` is no argument of generate(); see DSCGenerationConfig."
             )
+        config.unmasking = chosen
+        if config.unmasking in ("confidence_threshold", "entropy_bound") and getattr(config, chosen) is None:
+            raise ValueError(f"`unmasking={chosen!r}` needs `{chosen}`, a number.")
         causal_block = self.config.attention_block_length
         if causal_block is not None:
             config.update(block_length=causal_block, defaults_only=True)
@@ -199,6 +204,11 @@ class DSCGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"`block_length={config.block_length}` must divide the length of the backbone's causal attention "
                 f"blocks, {causal_block}, or be a multiple of it."
+            )
+        if UNMASKING[chosen] == "tokens_per_step" and config.tokens_per_step > config.block_length:
+            raise ValueError(
+                f"`tokens_per_step={config.tokens_per_step}` is more than `block_length={config.block_length}`; lower "
+                "it, or use longer blocks."
             )
         if config.max_remasks_per_block is None:
             config.max_remasks_per_block = config.block_length

@@ -10,10 +10,12 @@ import torch
 from transformers import LogitsProcessorList, MaxTimeCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import ModelOutput
 
-from .decoding import Canvas, DecodingOptions, DecodingStep, decode, judge, predict
+from .canvas import COUNTS, TOKEN_COUNTS, Canvas
+from .canvas_reader import CanvasReader
+from .decoding import DecodingOptions, DecodingStep, decode, judge, predict
 from .generation_config_dsc import DSCGenerationConfig
 from .remasking import ThresholdSelection
-from .unmasking import FixedUnmasking
+from .unmasking import EntropyBoundUnmasking, FixedUnmasking, ThresholdUnmasking, UnmaskingPolicy
 
 
 @dataclass
@@ -22,8 +24,13 @@ class DSCGenerationOutput(ModelOutput):
 
     Args:
         sequences (`torch.LongTensor`): `(B, P + G)`, prompt and response; padding after the first EOS.
-        forward_passes (`torch.LongTensor`): `(B,)`, backbone forwards that the row took part in.
+        forward_passes (`torch.LongTensor`): `(B,)`, backbone forwards that the row took part in (two in a step with
+            guidance).
+        head_passes (`torch.LongTensor`): `(B,)`, forwards of the correction head.
+        cache_refreshes (`torch.LongTensor`): `(B,)`, forwards that read more than block or suffix, to renew the cache.
+        tokens_written (`torch.LongTensor`): `(B,)`, how often a mask was filled.
         tokens_remasked (`torch.LongTensor`): `(B,)`, how many tokens were taken back.
+        tokens_changed (`torch.LongTensor`): `(B,)`, how many of these were then written as another token.
         tokens_per_forward (`torch.FloatTensor`): `(B,)`, response tokens (with EOS) over `forward_passes`.
         error_probabilities (`torch.FloatTensor`, *optional*): `(B, G)`, probability that each response token is wrong:
             when it was last judged, or, with `output_error_probabilities`, in the finished text. NaN where a token was
@@ -33,6 +40,10 @@ class DSCGenerationOutput(ModelOutput):
 
     sequences: torch.LongTensor
     forward_passes: torch.LongTensor | None = None
+    head_passes: torch.LongTensor | None = None
+    cache_refreshes: torch.LongTensor | None = None
+    tokens_written: torch.LongTensor | None = None
+    tokens_changed: torch.LongTensor | None = None
     tokens_remasked: torch.LongTensor | None = None
     tokens_per_forward: torch.FloatTensor | None = None
     error_probabilities: torch.FloatTensor | None = None
@@ -53,7 +64,8 @@ class GenerationRun:
         eos = [] if self.infilling or config.eos_token_id is None else config.eos_token_id
         self.eos = torch.tensor([eos] if isinstance(eos, int) else eos, device=ids.device, dtype=torch.long)
         self.ends = torch.full((len(ids),), ids.shape[1])  # column behind each row's last token
-        self.forward_passes, self.tokens_remasked = (torch.zeros(len(ids), dtype=torch.long) for _ in range(2))
+        names = (*COUNTS, *TOKEN_COUNTS, "tokens_remasked")
+        self.counts = {name: torch.zeros(len(ids), dtype=torch.long) for name in names}
         self.errors = torch.full(ids.shape, torch.nan)
         self.written = torch.ones(ids.shape)
         self.streamed = prompt_length
@@ -69,13 +81,16 @@ class GenerationRun:
     def start(self, blocks, attention_mask, logits_processor: LogitsProcessorList | None) -> None:
         """Decode everything."""
         config = self.config
-        config._eos_token_tensor = self.eos  # transformers reads it to make processors
+        unguided = copy.deepcopy(config)  # transformers' own guidance is for autoregressive models
+        unguided.guidance_scale, unguided._eos_token_tensor = None, self.eos
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
         self.blocks, self.attention_mask, self.positions = blocks, attention_mask, positions
+        leaves_out = config.remasking_score == "leave_one_out"
+        self.reader = CanvasReader(self.model, config.cache, config.head_context, config.guidance_scale, leaves_out)
         self.options = DecodingOptions(
             mask_token_id=self.model.config.mask_token_id,
             token_count=self.model.config.token_count,
-            unmasking=FixedUnmasking(config.tokens_per_step),
+            unmasking=_unmasking(config),
             score=config.remasking_score,
             selection=ThresholdSelection(
                 threshold=config.remask_threshold,
@@ -91,7 +106,7 @@ class GenerationRun:
             verify_block=config.verify_block,
             sample=config.do_sample,
             logits_processor=self.model._get_logits_processor(
-                generation_config=config,
+                generation_config=unguided,
                 input_ids_seq_length=self.prompt_length,
                 logits_processor=logits_processor,
                 device=self.ids.device,
@@ -101,11 +116,15 @@ class GenerationRun:
         )
         if self.streamer is not None:
             self.streamer.put(self.ids[:, : self.prompt_length].cpu())
-        canvas = Canvas(self.ids.clone(), blocks, attention_mask, positions)
-        decode(self.model, canvas, self.options, self.finish, self.draft if self.streamer is not None else None)
+        canvas = self.canvas(self.ids.clone())
+        decode(self.reader, canvas, self.options, self.finish, self.draft if self.streamer is not None else None)
         if self.streamer is not None:
             self.stream(int(self.ends[0]))
             self.streamer.end()
+
+    def canvas(self, ids: torch.Tensor) -> Canvas:
+        """A canvas with these ids."""
+        return Canvas(ids, self.blocks, self.attention_mask, self.positions, self.model.config.mask_token_id)
 
     def draft(self, canvas: Canvas) -> None:
         """Show the response as it stands."""
@@ -125,8 +144,9 @@ class GenerationRun:
             row = int(canvas.rows[i])
             self.ids[row] = canvas.ids[i]
             self.errors[row], self.written[row] = canvas.errors[i].cpu(), canvas.written[i].cpu()
-            self.forward_passes[row] = canvas.forward_passes[i]
-            self.tokens_remasked[row] = canvas.state.remasks[i].sum().cpu()
+            for name, count in canvas.counts.items():
+                self.counts[name][row] = count[i].cpu()
+            self.counts["tokens_remasked"][row] = canvas.state.remasks[i].sum().cpu()
             columns = (canvas.blocks[i] == canvas.current[i]).nonzero()[:, 0].tolist()
             end = None if self.infilling else self._end_of_row(row, columns)
             if end is not None:
@@ -178,9 +198,8 @@ class GenerationRun:
             errors = errors.masked_fill(~generated, torch.nan)[:, self.prompt_length : width]
         return DSCGenerationOutput(
             sequences=sequences,
-            forward_passes=self.forward_passes,
-            tokens_remasked=self.tokens_remasked,
-            tokens_per_forward=generated.sum(1) / self.forward_passes,
+            **self.counts,
+            tokens_per_forward=generated.sum(1) / self.counts["forward_passes"],
             error_probabilities=errors,
             history=None if self.history is None else tuple(self.history),
         )
@@ -194,12 +213,26 @@ class GenerationRun:
             self.options.score = "head" if self.model.config.head_trained else "visible"
         mask_id = self.model.config.mask_token_id
         ids = self.ids.masked_fill(after.to(self.ids.device) & (self.blocks >= 0), mask_id)
-        canvas = Canvas(ids, self.blocks, self.attention_mask, self.positions)
+        canvas = self.canvas(ids)
         canvas.written = self.written.to(ids.device)
-        everything = slice(0, ids.shape[1])
-        prediction = predict(self.model, canvas, self.options, everything, self.options.score == "head")
-        self.forward_passes += 1
+        canvas.current = canvas.blocks_cpu.amax(1)
+        judged = (canvas.blocks_cpu >= 0) & (ids != mask_id).cpu()
+        self.reader = CanvasReader(self.model)
+        ask_head = self.options.score == "head"
+        prediction = predict(self.reader, canvas, self.options, torch.zeros_like(judged), judged, ask_head)
+        for name in COUNTS:
+            self.counts[name] += canvas.counts[name]
         return judge(prediction, canvas.written, self.options).cpu()
+
+
+def _unmasking(config: DSCGenerationConfig) -> UnmaskingPolicy:
+    """The policy that the config names."""
+    most = config.max_tokens_per_step
+    if config.unmasking == "confidence_threshold":
+        return ThresholdUnmasking(config.confidence_threshold, most)
+    if config.unmasking == "entropy_bound":
+        return EntropyBoundUnmasking(config.entropy_bound, most)
+    return FixedUnmasking(config.tokens_per_step, "entropy" if config.unmasking == "entropy" else "probability")
 
 
 def _twin(criterion):

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from .adapters_dsc import has_adapter
-from .backbone_forward import run_backbone
+from .backbone_forward import Places, additive_mask, allowed_attention, run_backbone
 from .backbone_parts import embedding_count, transformer_blocks
 from .backbones import (
     LOCATION_ARGUMENTS,
@@ -273,15 +273,25 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One forward of the frozen backbone.
+        places: Places | None = None,
+        with_logits: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """One forward of the frozen backbone; see [`run_backbone`].
 
         Returns:
-            `tuple`: logits `(B, L, V)`, position `i` predicting token `i`, and the tapped states `(B, L, D)`.
+            `tuple`: logits `(B, L, V)`, position `i` predicting token `i`, or `(N, V)` at `places` (rows and columns,
+            `(N,)` each), or None; and the tapped states `(B, L, D)`.
         """
         with torch.no_grad():
             return run_backbone(
-                self._attached_backbone(), self.config, input_ids, attention_mask, position_ids, self.config.tap_layer
+                self._attached_backbone(),
+                self.config,
+                input_ids,
+                attention_mask,
+                position_ids,
+                self.config.tap_layer,
+                places,
+                with_logits,
             )
 
     def score(
@@ -292,7 +302,12 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
     ) -> torch.Tensor:
-        """The head's logits for *correct*, `(B, L)`, from what [`read`] returned for the same inputs."""
+        """The head's logits for *correct*, `(B, L)`, from what [`read`] returned for the same inputs. It sees what the
+        backbone sees: no later block of a block-causal one."""
+        if self.config.attention_block_length is not None:
+            attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            allowed = allowed_attention(self.config, attention_mask, position_ids)
+            attention_mask = additive_mask(allowed, self.correction_head.score.weight.dtype)
         reread = reread_inputs(logits, input_ids, self.config.mask_token_id) if self.config.head_reread else None
         return self.correction_head(hidden_states, reread, attention_mask, position_ids)
 
@@ -303,6 +318,7 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         position_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         output_error_logits: bool | None = None,
+        output_logits: bool = True,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> DSCOutput | tuple:
@@ -311,10 +327,12 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
         Args:
             input_ids (`torch.LongTensor`): `(B, L)`, mask tokens where nothing is written yet.
             attention_mask (`torch.Tensor`, *optional*): `(B, L)`, 0 at padding.
-            position_ids (`torch.LongTensor`, *optional*): `(B, L)`, counted from 0; needed with left padding.
+            position_ids (`torch.LongTensor`, *optional*): `(B, L)`, counted from 0; by default from each row's first
+                token on.
             labels (`torch.LongTensor`, *optional*): `(B, L)`, the correct ids, -100 where there is no loss. The loss
                 is the mean of eq. 4.1 over visible labelled positions; the backbone gets no gradient.
             output_error_logits (`bool`, *optional*): ask the head; by default if it has been trained.
+            output_logits (`bool`): if not, there are none, and the backbone runs only as far as the head needs it.
             return_dict (`bool`, *optional*): return a [`DSCOutput`], the default, or a tuple.
             kwargs: what wrappers pass on to any LM (`inputs_embeds`, `use_cache`, ...); only as None or False.
 
@@ -330,14 +348,17 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
             )
         if output_error_logits and labels is None:
             self.require_trained_head()
-        logits, hidden_states = self.read(input_ids, attention_mask, position_ids)
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        with_logits = output_logits or self.config.head_reread
+        logits, hidden_states = self.read(input_ids, attention_mask, position_ids, with_logits=with_logits)
         error_logits = loss = None
         if labels is not None or (self.config.head_trained if output_error_logits is None else output_error_logits):
             error_logits = self.score(input_ids, logits, hidden_states, attention_mask, position_ids)
         if labels is not None:
             counted = (labels != -100) & (input_ids != self.config.mask_token_id)
             loss = correction_loss(error_logits, input_ids == labels, counted) / counted.sum().clamp(min=1)
-        output = DSCOutput(loss=loss, logits=logits, error_logits=error_logits)
+        output = DSCOutput(loss=loss, logits=logits if output_logits else None, error_logits=error_logits)
         return output.to_tuple() if return_dict is False else output
 
     def require_trained_head(self) -> None:

@@ -12,19 +12,21 @@ from .unmasking import rank
 
 @dataclass
 class Reading:
-    """What one forward tells about the sequence, for scores to use. All tensors `(B, L)`.
+    """What one forward tells about the sequence, for scores to use. All tensors `(B, L)`; each score needs one.
 
     Args:
-        error_logits (`torch.Tensor`): the head's logits for *correct*, if the score needs the head.
+        error_logits (`torch.Tensor`): the head's logits for *correct*.
         visible_probability (`torch.Tensor`): the backbone's probability of the token that stands there.
+        left_out_probability (`torch.Tensor`): its probability given all other tokens.
         written_probability (`torch.Tensor`): its probability when it was written.
         generator (`torch.Generator`, *optional*): source of randomness.
     """
 
-    error_logits: torch.Tensor | None
-    visible_probability: torch.Tensor
-    written_probability: torch.Tensor
-    generator: torch.Generator | None
+    error_logits: torch.Tensor | None = None
+    visible_probability: torch.Tensor | None = None
+    left_out_probability: torch.Tensor | None = None
+    written_probability: torch.Tensor | None = None
+    generator: torch.Generator | None = None
 
 
 def head_score(reading: Reading) -> torch.Tensor:
@@ -35,6 +37,11 @@ def head_score(reading: Reading) -> torch.Tensor:
 def visible_score(reading: Reading) -> torch.Tensor:
     """One minus the backbone's probability of the visible token in this very forward; needs no training."""
     return 1 - reading.visible_probability
+
+
+def leave_one_out_score(reading: Reading) -> torch.Tensor:
+    """One minus the token's probability given all others, by shadow masks (WINO); needs no training."""
+    return 1 - reading.left_out_probability
 
 
 def written_score(reading: Reading) -> torch.Tensor:
@@ -51,10 +58,15 @@ def random_score(reading: Reading) -> torch.Tensor:
 SCORES: dict[str, Callable[[Reading], torch.Tensor]] = {
     "head": head_score,
     "visible": visible_score,
+    "leave_one_out": leave_one_out_score,
     "written": written_score,
     "random": random_score,
 }
 """All remasking scores by name: `Reading -> error probability` `(B, L)`."""
+
+
+NEEDS = {"head": "head", "visible": "visible", "leave_one_out": "left_out"}
+"""What a score needs of a forward, beside the predictions at masks."""
 
 
 @dataclass

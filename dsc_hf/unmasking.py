@@ -1,8 +1,32 @@
-"""Which masked positions to fill in a step."""
+"""Which masked positions to fill in a step: `UnmaskingPolicy(confidence, masked) -> positions`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
+
+
+class UnmaskingPolicy(Protocol):
+    """Chooses the masks to fill. Every policy fills at least one mask of each row that has any.
+
+    `measure` says what it goes by: `"probability"` of the predicted token, or `"entropy"` of the prediction (nats),
+    which comes with its sign changed, so that more is surer in both.
+    """
+
+    measure: str
+
+    def __call__(self, confidence: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """Choose positions.
+
+        Args:
+            confidence (`torch.Tensor`): `(B, L)`, the measure.
+            masked (`torch.BoolTensor`): `(B, L)`, positions that may be filled.
+
+        Returns:
+            `torch.BoolTensor`: `(B, L)`.
+        """
 
 
 def rank(values: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
@@ -20,24 +44,62 @@ def rank(values: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(order).scatter_(1, order, places)
 
 
+@dataclass
 class FixedUnmasking:
-    """Fill the `tokens_per_step` masks whose predicted tokens are most probable (algorithm 1, "unmask top k").
+    """The `tokens_per_step` surest masks (algorithm 1, "unmask top k"); by entropy as of Dream.
 
     Args:
         tokens_per_step (`int`): `k`.
+        measure (`str`): `"probability"` or `"entropy"`.
     """
 
-    def __init__(self, tokens_per_step: int):
-        self.tokens_per_step = tokens_per_step
+    tokens_per_step: int
+    measure: str = "probability"
 
     def __call__(self, confidence: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """Choose positions.
-
-        Args:
-            confidence (`torch.Tensor`): `(B, L)`, probability of the predicted token.
-            masked (`torch.BoolTensor`): `(B, L)`, positions that may be filled.
-
-        Returns:
-            `torch.BoolTensor`: `(B, L)`, at most `k` and, where there is a mask, at least one a row.
-        """
         return masked & (rank(confidence, masked) < self.tokens_per_step)
+
+
+@dataclass
+class ThresholdUnmasking:
+    """All masks whose predicted token is more probable than a threshold (Fast-dLLM, arXiv 2505.22618), or the surest.
+
+    Args:
+        threshold (`float`): probability.
+        max_tokens_per_step (`int`, *optional*): at most so many, the surest.
+    """
+
+    threshold: float
+    max_tokens_per_step: int | None = None
+    measure: str = "probability"
+
+    def __call__(self, confidence: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        places = rank(confidence, masked)
+        chosen = masked & ((confidence > self.threshold) | (places == 0))
+        return chosen if self.max_tokens_per_step is None else chosen & (places < self.max_tokens_per_step)
+
+
+@dataclass
+class EntropyBoundUnmasking:
+    """As many masks, those of the lowest entropy first, as have a sum of entropies within a bound, or the surest
+    (after the entropy-bounded sampler, arXiv 2505.24857).
+
+    Args:
+        bound (`float`): nats.
+        max_tokens_per_step (`int`, *optional*): at most so many.
+    """
+
+    bound: float
+    max_tokens_per_step: int | None = None
+    measure: str = "entropy"
+
+    def __call__(self, confidence: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        places = rank(confidence, masked)
+        entropy = (-confidence).masked_fill(~masked, 0).clamp(min=0)
+        ordered = torch.zeros_like(entropy).scatter_(1, places, entropy)
+        total = ordered.cumsum(1).gather(1, places)
+        chosen = masked & ((total <= self.bound) | (places == 0))
+        return chosen if self.max_tokens_per_step is None else chosen & (places < self.max_tokens_per_step)
+
+
+__all__ = ["EntropyBoundUnmasking", "FixedUnmasking", "ThresholdUnmasking", "UnmaskingPolicy", "rank"]

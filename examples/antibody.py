@@ -225,7 +225,7 @@ def recovery_table(model, batches: list[dict], args: argparse.Namespace, thresho
 @torch.no_grad()
 def replay(model, batches: list[dict], speeds: list[int]) -> dict[str, np.ndarray]:
     """Infill without remasking; before every step all scores judge all residues written so far, each `(residues,)`."""
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in (*SCORES, "leave_one_out", "wrong", "row")}
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in (*SCORES, "wrong", "row")}
     mask_id, rows = model.config.mask_token_id, 0
     for batch in batches:
         clean, mask, labels = (batch[k].to(model.device) for k in ("input_ids", "attention_mask", "labels"))
@@ -240,9 +240,9 @@ def replay(model, batches: list[dict], speeds: list[int]) -> dict[str, np.ndarra
                 p = logits.float().softmax(-1)
                 judged = (labels != -100) & (ids != mask_id) & step.active[:, None].to(ids.device)
                 if judged.any():
-                    reading = Reading(error_logits, p.gather(-1, ids[..., None])[..., 0], written, None)
+                    left_out = leave_one_out_probabilities(model, ids, judged, mask)
+                    reading = Reading(error_logits, p.gather(-1, ids[..., None])[..., 0], left_out, written)
                     values = {name: score(reading) for name, score in SCORES.items()}
-                    values["leave_one_out"] = 1 - leave_one_out_probabilities(model, ids, judged, mask)
                     values |= {"wrong": ids != clean, "row": row}
                     for name, value in values.items():
                         found[name].append(value[judged].cpu())

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from dsc_hf import DSCForMaskedDiffusion
+from dsc_hf.canvas_reader import CanvasReading
 
 PAD, EOS, MASK = 0, 1, 2
 TOKENS = 30
@@ -115,15 +116,37 @@ class TableModel:
         self.error_mixing, self.error_bias = table(positions, width), 2 * table(positions, VOCAB)
         self.calls = []
 
-    def read(self, input_ids, attention_mask, position_ids):
+    def read(self, input_ids, attention_mask, position_ids, places=None):
         self.calls.append(input_ids.clone())
         states = (self.tokens[position_ids, input_ids] * attention_mask[..., None]).sum(1, keepdim=True)
         states = torch.tanh(states * 0.5).expand(-1, input_ids.shape[1], -1)
-        return (states * self.mixing[position_ids]) @ self.to_vocab + self.bias[position_ids], states
+        logits = (states * self.mixing[position_ids]) @ self.to_vocab + self.bias[position_ids]
+        return (logits if places is None else logits[places]), states
 
     def score(self, input_ids, logits, hidden_states, attention_mask, position_ids):
         mixed = (hidden_states * self.error_mixing[position_ids]).sum(-1)
         return mixed + self.error_bias[position_ids, input_ids]
+
+
+class TableReader:
+    """Reads a canvas with a [`TableModel`], as [`CanvasReader`] does with a real one."""
+
+    cache, forwards, keeps_head = None, 1, False
+
+    def __init__(self, model: TableModel):
+        self.model = model
+
+    def groups(self, canvas):
+        return [torch.arange(len(canvas.rows))]
+
+    def select_rows(self, rows):
+        pass
+
+    def read(self, canvas, rows, wanted, left_out, ask_head):
+        inputs = (canvas.attention_mask, canvas.position_ids)
+        logits, states = self.model.read(canvas.ids, *inputs)
+        error_logits = self.model.score(canvas.ids, logits, states, *inputs) if ask_head else None
+        return CanvasReading(logits[wanted], None, error_logits)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

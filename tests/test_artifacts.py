@@ -26,7 +26,11 @@ def make(predict=always_wrong, seed=0, x0=None, response=None, **options):
     if x0 is None:
         x0, response = clean()
     sampler = FutureContextAugmentation(MASK, **{"min_artifacts": 3, "max_artifacts": 3, **options})
-    return sampler(x0, response, predict, torch.Generator().manual_seed(seed))
+
+    def predict_at(ids, places):
+        return predict(ids)[places]
+
+    return sampler(x0, response, predict_at, torch.Generator().manual_seed(seed))
 
 
 def test_labels_are_equality_and_only_visible_response_tokens_count():
@@ -138,3 +142,21 @@ def test_unlabelled_tokens_are_left_alone():
 def test_bad_options_are_named(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         FutureContextAugmentation(MASK, **options)
+
+
+@pytest.mark.parametrize("by_confidence", [False, True])
+def test_predictions_are_asked_where_they_may_be_written_only(by_confidence):
+    asked = []
+
+    def predict(ids, places):
+        asked.append((ids, places))
+        return always_wrong(ids)[places]
+
+    x0, response = clean()
+    sampler = FutureContextAugmentation(MASK, min_artifacts=2, max_artifacts=2, by_confidence=by_confidence)
+    made = sampler(x0, response, predict, torch.Generator().manual_seed(0))
+    ((ids, places),) = asked
+    assert (ids[places] == MASK).all()
+    wanted = torch.zeros_like(made.written).index_put(places, torch.tensor(True))
+    assert (made.written <= wanted).all()
+    assert torch.equal(made.written, wanted) or by_confidence

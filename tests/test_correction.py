@@ -46,7 +46,7 @@ def test_head_learns_to_find_the_models_mistakes(tmp_path):
     rows = Dataset.from_list([{"prompt_ids": [4, 5], "response_ids": [7] * 8} for _ in range(16)])
     trainer = make_trainer("head", tmp_path, rows=rows, max_steps=60)
     trainer.train()
-    assert np.mean(losses(trainer)[-5:]) < 0.4 * losses(trainer)[0]
+    assert np.mean(losses(trainer)[-5:]) < 0.5 * losses(trainer)[0]
     ids = torch.tensor([[4, 5, 7, 7, 12, 7, 7, 20, 7, 7]])
     errors = torch.sigmoid(-trainer.model(ids).error_logits)[0, 2:].detach()
     wrong = ids[0, 2:] != 7

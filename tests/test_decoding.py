@@ -5,12 +5,25 @@ import copy
 import pytest
 import torch
 from algorithm1 import Options, algorithm1
-from conftest import MASK, PAD, TOKENS, VOCAB, TableModel, left_pad, make_bert, make_llama, make_model, prompt_ids
+from conftest import (
+    MASK,
+    PAD,
+    TOKENS,
+    VOCAB,
+    TableModel,
+    TableReader,
+    left_pad,
+    make_bert,
+    make_llama,
+    make_model,
+    prompt_ids,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList
 
-from dsc_hf.decoding import Canvas, DecodingOptions, decode
+from dsc_hf.canvas import Canvas
+from dsc_hf.decoding import DecodingOptions, decode
 from dsc_hf.remasking import ThresholdSelection
 from dsc_hf.unmasking import FixedUnmasking
 
@@ -74,10 +87,11 @@ def shell():
 def some_options(draw):
     """Every decoding option, remasking most of the time."""
     small = st.integers(0, 4)
+    block_length = draw(st.integers(1, 7))
     return Options(
         new_tokens=draw(st.integers(1, 14)),
-        block_length=draw(st.integers(1, 7)),
-        tokens_per_step=draw(st.integers(1, 4)),
+        block_length=block_length,
+        tokens_per_step=draw(st.integers(1, min(4, block_length))),
         remasking_score=draw(st.sampled_from(["head", "head", "visible", "written", "none"])),
         remask_stride=draw(st.integers(1, 3)),
         remask_threshold=draw(st.sampled_from([0.0, 0.3, 0.5, 0.8, 0.97, 1.0])),
@@ -196,15 +210,15 @@ def run_table(table, new_tokens=12, rows=1, prompt=2, block_length=4, blocks=Non
         ids = torch.nn.functional.pad(prompt_ids(prompt, rows), (0, new_tokens), value=MASK)
         blocks = torch.arange(new_tokens) // block_length
         blocks = torch.nn.functional.pad(blocks, (prompt, 0), value=-1).expand_as(ids)
-    canvas = Canvas(ids.clone(), blocks, torch.ones_like(ids), torch.arange(ids.shape[1]).expand_as(ids))
+    canvas = Canvas(ids.clone(), blocks, torch.ones_like(ids), torch.arange(ids.shape[1]).expand_as(ids), MASK)
     final, passes = ids.clone(), torch.zeros(len(ids), dtype=torch.long)
 
     def finish(canvas, completed):
         final[canvas.rows[completed]] = canvas.ids[completed]
-        passes[canvas.rows[completed]] = canvas.forward_passes[completed]
+        passes[canvas.rows[completed]] = canvas.counts["forward_passes"][completed]
         return torch.zeros_like(completed)
 
-    decode(table, canvas, DecodingOptions(**options), finish)
+    decode(TableReader(table), canvas, DecodingOptions(**options), finish)
     assert len(canvas.rows) == 0
     return final, passes, options["history"]
 

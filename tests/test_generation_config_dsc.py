@@ -11,7 +11,13 @@ from dsc_hf.remasking import SCORES
 
 EVERYTHING = {
     "block_length": 8,
+    "unmasking": "entropy_bound",
     "tokens_per_step": 2,
+    "confidence_threshold": 0.9,
+    "entropy_bound": 0.3,
+    "max_tokens_per_step": 5,
+    "cache": "none",
+    "head_context": "block",
     "remasking_score": "head",
     "remask_stride": 3,
     "remask_threshold": 0.7,
@@ -52,9 +58,7 @@ def test_unknown_arguments_are_refused():
         DSCGenerationConfig(remask_treshold=0.5)
 
 
-@pytest.mark.parametrize(
-    "name", ["num_beams", "guidance_scale", "min_length", "no_repeat_ngram_size", "output_logits"]
-)
+@pytest.mark.parametrize("name", ["num_beams", "min_length", "no_repeat_ngram_size", "output_logits"])
 def test_autoregressive_arguments_are_refused(name):
     with pytest.raises(ValueError, match=f"`{name}=.*no meaning for diffusion decoding"):
         DSCGenerationConfig(**{name: 3})

@@ -35,7 +35,9 @@ HEAD = {"remasking_score": "head", "block_length": 6, "max_new_tokens": 12}
 def count_forwards(model):
     """A list that grows by the batch size at each forward of the backbone."""
     sizes = []
-    model.backbone.register_forward_hook(lambda module, args, output: sizes.append(output.logits.shape[0]))
+    model.backbone.model.register_forward_hook(
+        lambda module, args, output: sizes.append(output.last_hidden_state.shape[0])
+    )
     return sizes
 
 

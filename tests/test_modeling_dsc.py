@@ -757,3 +757,48 @@ def test_copies_are_independent(model):
     with torch.no_grad():
         other.correction_head.score.bias += 1
     assert (other(a_text()).error_logits - model(a_text()).error_logits).abs().min() > 0.9
+
+
+# No more of the backbone than is needed
+
+
+def layers_run(model) -> list[int]:
+    """Fills with the index of every block and, for the LM head, its number of rows."""
+    seen = []
+    for i, layer in enumerate(model.backbone.model.layers):
+        layer.register_forward_hook(lambda module, args, output, i=i: seen.append(i))
+    return seen
+
+
+def test_the_paper_s_head_stops_the_backbone_behind_the_tapped_block():
+    model, ids = make_model(head_reread=False), prompt_ids(7, rows=2)
+    whole = model(ids)
+    seen = layers_run(model)
+    short = model(ids, output_logits=False)
+    assert seen == [0, 1] and short.logits is None  # of three blocks; the last but one is tapped
+    assert torch.equal(short.error_logits, whole.error_logits)
+
+
+def test_a_head_that_rereads_needs_the_logits():
+    model, ids = make_model(), prompt_ids(7, rows=2)
+    seen = layers_run(model)
+    short = model(ids, output_logits=False)
+    assert seen == [0, 1, 2] and short.logits is None
+    assert torch.equal(short.error_logits, model(ids).error_logits)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_logits_at_some_places_are_those_of_all(shift):
+    model = make_model(make_llama(logits_shift=shift))
+    ids, mask = left_pad([prompt_ids(7)[0], prompt_ids(4)[0]])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    whole, _ = model.read(ids, mask, positions)
+    places = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 6, 3, 5])
+    torch.testing.assert_close(model.read(ids, mask, positions, places=places)[0], whole[places])
+
+
+@pytest.mark.parametrize("make", [make_bert, make_llama, lambda: make_llama(attention_block_length=4)])
+def test_positions_are_counted_from_the_first_token_by_default(make):
+    model = make_model(make())
+    ids, mask = left_pad([prompt_ids(7)[0], prompt_ids(4)[0]])
+    torch.testing.assert_close(model(ids, mask).logits[1, 3:], model(ids[1:, 3:]).logits[0], rtol=1e-4, atol=1e-4)

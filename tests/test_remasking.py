@@ -24,6 +24,7 @@ def reading():
     return Reading(
         error_logits=torch.tensor([[2.0, -1.0]]),
         visible_probability=torch.tensor([[0.9, 0.25]]),
+        left_out_probability=torch.tensor([[0.3, 0.6]]),
         written_probability=torch.tensor([[0.5, 1.0]]),
         generator=torch.Generator().manual_seed(0),
     )
@@ -36,6 +37,7 @@ def test_head_score_is_the_probability_of_an_error():
 
 def test_probability_scores():
     torch.testing.assert_close(SCORES["visible"](reading()), torch.tensor([[0.1, 0.75]]))
+    torch.testing.assert_close(SCORES["leave_one_out"](reading()), torch.tensor([[0.7, 0.4]]))
     torch.testing.assert_close(SCORES["written"](reading()), torch.tensor([[0.5, 0.0]]))
 
 

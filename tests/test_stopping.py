@@ -117,12 +117,12 @@ class Favour(LogitsProcessor):
         return scores
 
 
-def test_a_processor_sees_one_row_for_each_position(model):
+def test_a_processor_sees_one_row_for_each_mask_of_the_block(model):
     prompts = prompt_ids(5, rows=2)
     processor = Favour(9)
     out = model.generate(prompts, max_new_tokens=8, block_length=4, logits_processor=LogitsProcessorList([processor]))
     assert (out[:, 5:] == 9).all()
-    assert processor.shapes == {((8, 13), (8, 32)), ((16, 13), (16, 32))}
+    assert processor.shapes == {((2 * masks, 13), (2 * masks, 32)) for masks in (1, 2, 3, 4)}
 
 
 def test_a_bias_of_single_tokens(model, prompt):

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from conftest import MASK, TOKENS, VOCAB, make_llama, make_model, prompt_ids
 
-from dsc_hf.unmasking import FixedUnmasking, rank
+from dsc_hf.generation_config_dsc import choose_unmasking
+from dsc_hf.unmasking import EntropyBoundUnmasking, FixedUnmasking, ThresholdUnmasking, rank
 
 
 def test_rank_counts_from_the_highest_and_puts_others_behind():
@@ -35,3 +37,142 @@ def test_a_confidence_of_zero_is_still_filled():
 
 def test_rows_without_masks_fill_nothing():
     assert not FixedUnmasking(3)(torch.ones(2, 4), torch.zeros(2, 4, dtype=torch.bool)).any()
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"), [(0.5, [[1, 2], [3]]), (0.95, [[1], [3]]), (0.0, [[0, 1, 2], [1, 3]])]
+)
+def test_threshold_fills_all_above_and_never_none(threshold, expected):
+    confidence = torch.tensor([[0.2, 0.9, 0.6, 0.99], [0.99, 0.1, 0.8, 0.4]])
+    masked = torch.tensor([[True, True, True, False], [False, True, False, True]])
+    chosen = ThresholdUnmasking(threshold)(confidence, masked)
+    assert [row.nonzero()[:, 0].tolist() for row in chosen] == expected
+
+
+def test_entropy_bound_fills_the_surest_whose_entropies_sum_up_to_it():
+    entropy = torch.tensor([[0.4, 0.1, 0.3, 0.0, 2.0], [3.0, 2.0, 5.0, 0.0, 1.0]])
+    masked = torch.tensor([[True, True, True, False, True], [True, True, False, False, False]])
+    chosen = EntropyBoundUnmasking(0.45)(-entropy, masked)
+    assert chosen.tolist() == [[False, True, True, False, False], [False, True, False, False, False]]
+    everything = EntropyBoundUnmasking(100.0)(-entropy, masked)
+    assert torch.equal(everything, masked)
+
+
+def test_a_bound_is_kept_with_equality():
+    assert EntropyBoundUnmasking(0.5)(torch.tensor([[-0.25, -0.25]]), torch.ones(1, 2, dtype=torch.bool)).all()
+
+
+@pytest.mark.parametrize("policy", [ThresholdUnmasking(0.0, 2), EntropyBoundUnmasking(100.0, 2)])
+def test_the_most_a_step_is_kept(policy):
+    confidence = torch.tensor([[0.2, 0.9, 0.6, 0.7]])
+    chosen = policy(confidence if policy.measure == "probability" else confidence - 1, torch.ones(1, 4).bool())
+    assert chosen[0].tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("policy", [ThresholdUnmasking(0.5), EntropyBoundUnmasking(0.5), FixedUnmasking(2, "entropy")])
+def test_rows_without_masks_fill_nothing_by_any_rule(policy):
+    assert not policy(torch.zeros(2, 4), torch.zeros(2, 4, dtype=torch.bool)).any()
+
+
+# In generate()
+
+
+def steps(model, **settings):
+    """How many masks each step filled, and by what confidence and entropy the model went."""
+    out = model.generate(
+        prompt_ids(4), max_new_tokens=8, block_length=8, output_history=True, return_dict_in_generate=True, **settings
+    )
+    return out, [int(step.unmasked.sum()) for step in out.history]
+
+
+def distribution(model, ids):
+    logits = model(ids).logits
+    logits[..., [MASK, *range(TOKENS, VOCAB)]] = -torch.inf
+    p = logits.softmax(-1)
+    return p.max(-1).values[0], -(p * p.clamp(min=1e-30).log()).sum(-1)[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"confidence_threshold": 0.5},
+        {"entropy_bound": 1.0},
+        {"unmasking": "entropy", "tokens_per_step": 2},
+        {"confidence_threshold": 0.1, "max_tokens_per_step": 3},
+    ],
+)
+def test_generate_fills_by_the_rule(settings):
+    """Every step of a decode, checked against the model's distribution on the text before it."""
+    model = make_model(make_llama(initializer_range=0.35))
+    out, _ = steps(model, **settings)
+    before = torch.nn.functional.pad(prompt_ids(4), (0, 8), value=MASK)
+    for step in out.history:
+        confidence, entropy = distribution(model, before)
+        masked = before[0] == MASK
+        order = (entropy if "entropy" in str(settings) else -confidence).masked_fill(~masked, torch.inf).argsort()
+        if "confidence_threshold" in settings:
+            count = int((masked & (confidence > settings["confidence_threshold"])).sum())
+        elif "entropy_bound" in settings:
+            count = int((entropy[order[: int(masked.sum())]].cumsum(0) <= settings["entropy_bound"]).sum())
+        else:
+            count = min(2, int(masked.sum()))
+        count = max(1, min(count, settings.get("max_tokens_per_step", 8)))
+        assert set(step.unmasked[0].nonzero()[:, 0].tolist()) == set(order[:count].tolist())
+        before = step.sequences
+
+
+def test_surer_steps_fill_more():
+    model = make_model()
+    assert len(steps(model, confidence_threshold=0.05)[1]) < len(steps(model, confidence_threshold=0.999)[1]) == 8
+    assert len(steps(model, entropy_bound=50.0)[1]) == 1
+
+
+def test_the_call_chooses_over_the_model():
+    model = make_model()
+    model.generation_config.tokens_per_step = 4
+    assert steps(model)[1] == [4, 4]
+    assert steps(model, tokens_per_step=2)[1] == [2] * 4
+    assert steps(model, confidence_threshold=0.9999)[1] == [1] * 8
+    model.generation_config.confidence_threshold, model.generation_config.tokens_per_step = 0.9999, None
+    assert steps(model)[1] == [1] * 8
+    assert steps(model, tokens_per_step=8)[1] == [8]
+    model.generation_config.unmasking, model.generation_config.confidence_threshold = "entropy", None
+    assert steps(model, tokens_per_step=2)[1] == [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [
+        ([{}, {}], "confidence"),
+        ([{"tokens_per_step": 2}, {"unmasking": "entropy"}], "entropy"),
+        ([{"tokens_per_step": 2}, {"unmasking": "entropy_bound", "entropy_bound": 1.0}], "confidence"),
+        ([{"entropy_bound": 1.0}, {"unmasking": "entropy"}], "entropy_bound"),
+        ([{"unmasking": "entropy_bound"}, {"entropy_bound": 1.0}], "entropy_bound"),
+        ([{}, {"confidence_threshold": 0.9}], "confidence_threshold"),
+        ([{"unmasking": "entropy", "tokens_per_step": 2, "confidence_threshold": 0.9}], "entropy"),
+    ],
+)
+def test_which_rule_is_meant(levels, expected):
+    assert choose_unmasking(*levels) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokens_per_step": 2, "confidence_threshold": 0.9}, "`tokens_per_step=2` and `confidence_threshold=0.9`"),
+        ({"entropy_bound": 2.0, "confidence_threshold": 0.9}, "exclude each other; set one"),
+        ({"unmasking": "entropy_bound"}, "`unmasking='entropy_bound'` needs `entropy_bound`"),
+        ({"unmasking": "luck"}, "`unmasking='luck'` must be one of"),
+        ({"confidence_threshold": 1.0}, "`confidence_threshold=1.0` must be a probability"),
+        ({"confidence_threshold": -0.1}, "`confidence_threshold=-0.1`"),
+        ({"entropy_bound": -1}, "`entropy_bound=-1` must be a number of nats"),
+        ({"max_tokens_per_step": 0}, "`max_tokens_per_step=0` must be an integer of at least 1"),
+        ({"guidance_scale": 0.5}, "`guidance_scale=0.5` must be at least 1"),
+        ({"cache": "paged"}, "`cache='paged'` must be one of"),
+        ({"head_context": "word"}, "`head_context='word'` must be one of"),
+        ({"tokens_per_step": 9, "block_length": 8}, "`tokens_per_step=9` is more than `block_length=8`"),
+    ],
+)
+def test_bad_rules_are_named(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompt_ids(), max_new_tokens=8, **settings)

@@ -57,7 +57,7 @@ def score_states(model, states: Dataset, names: Sequence[str], batch_size: int =
         error_logits = model.score(ids, logits, hidden_states, mask, positions) if "head" in names else None
         logits[..., model.config.mask_token_id] = -torch.inf
         probabilities = logits.float().softmax(-1).gather(-1, ids[..., None])[..., 0]
-        reading = Reading(error_logits, probabilities, probabilities, None)
+        reading = Reading(error_logits, probabilities)
         for name in names:
             scores = functions[name](reading).masked_fill(ids == model.config.mask_token_id, torch.nan).cpu().numpy()
             results[name] += [row[-len(state) :] for row, state in zip(scores, batch["state_ids"], strict=True)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..backbone_forward import Places
 from ..unmasking import rank
 from .corruption import draw_blocks, draw_times, mask_tokens
 
@@ -79,7 +80,7 @@ class FutureContextAugmentation:
         self,
         x0: torch.Tensor,
         response_mask: torch.Tensor,
-        predict: Callable[[torch.Tensor], torch.Tensor],
+        predict: Callable[[torch.Tensor, Places], torch.Tensor],
         generator: torch.Generator | None = None,
     ) -> Artifacts:
         """Make artifacts.
@@ -87,7 +88,8 @@ class FutureContextAugmentation:
         Args:
             x0 (`torch.LongTensor`): `(B, L)`, clean ids.
             response_mask (`torch.BoolTensor`): `(B, L)`, maskable response positions.
-            predict (`Callable`): ids `(B, L)` to aligned logits `(B, L, V)`.
+            predict (`Callable`): ids `(B, L)` and places (rows and columns, `(N,)` each) to the logits `(N, V)` of the
+                tokens there.
             generator (`torch.Generator`, *optional*): source of randomness.
         """
         batch, device = len(x0), x0.device
@@ -110,17 +112,20 @@ class FutureContextAugmentation:
         visible = region & (x_t != self.mask_token_id)
         x_further, again = mask_tokens(x_t, visible, further / (1 - t), self.mask_token_id, generator)
 
-        logits = predict(x_further).float()
-        logits[..., self.mask_token_id] = -torch.inf
-        noise = torch.empty_like(logits).exponential_(generator=generator)
-        probabilities = logits.softmax(-1)
-        sampled = (uniform() < self.sample_share)[:, None]
-        y = torch.where(sampled, (probabilities / noise).argmax(-1), probabilities.argmax(-1))
-
+        sampled = uniform() < self.sample_share
         pool = region & (x_further == self.mask_token_id) if self.literal else again
         order = torch.rand(x0.shape, generator=generator, device=device)
+        chosen = pool if self.by_confidence else pool & (rank(order, pool) < drawn[:, None])
+        places = chosen.nonzero(as_tuple=True)
+        logits = predict(x_further, places).float()
+        logits[..., self.mask_token_id] = -torch.inf
+        probabilities = logits.softmax(-1)
+        noise = torch.empty_like(logits).exponential_(generator=generator)
+        tokens = torch.where(sampled[places[0]], (probabilities / noise).argmax(-1), probabilities.argmax(-1))
+        y = x_t.index_put(places, tokens)
+        written = chosen
         if self.by_confidence:
-            order = probabilities.gather(-1, y[..., None])[..., 0]
-        written = pool & (rank(order, pool) < drawn[:, None])
+            order = order.index_put(places, probabilities.gather(-1, tokens[:, None])[:, 0])
+            written = pool & (rank(order, pool) < drawn[:, None])
         z = torch.where(written, y, x_t)
         return Artifacts(z, z == x0, response_mask & (z != self.mask_token_id), written)

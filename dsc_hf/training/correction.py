@@ -113,7 +113,10 @@ class CorrectionHeadTrainer(DiffusionTrainer):
             counted = response & (ids != model.config.mask_token_id)
         else:
             made = self.artifacts(
-                inputs["input_ids"], response, lambda ids: model.read(ids, attention_mask)[0], generator
+                inputs["input_ids"],
+                response,
+                lambda ids, places: model.read(ids, attention_mask, places=places)[0],
+                generator,
             )
             ids, targets, counted = made.ids, made.correct.float(), made.counted
             if self.args.artifacts_only:
@@ -125,7 +128,10 @@ class CorrectionHeadTrainer(DiffusionTrainer):
     def loss_sum(self, model: PreTrainedModel, inputs: dict[str, torch.Tensor]):
         """Eq. 4.1 over one batch."""
         outputs = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], output_error_logits=True
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            output_error_logits=True,
+            output_logits=False,
         )
         targets = inputs["targets"]
         weights = inputs["counted"] * (targets + self.args.wrong_weight * (1 - targets))

@@ -1,0 +1,283 @@
+"""How a decode reads its canvas: whole, or only the columns that may have changed since they were last read.
+
+`cache="none"` reads everything in every step. The others keep keys and values ([`CanvasCache`]) and read
+
+- `"prefix"`: everything when a row begins a block; then the columns from its block on (Fast-dLLM, arXiv 2505.22618);
+- `"dual"`: everything when a row begins a block; then its block only.
+
+Both are approximate for a backbone with full attention: what is not read keeps the keys and values of the block's
+beginning. A block-causal backbone never sees behind a block, so that the two are the same, and exact: a row that
+begins a block reads the one before once more, finished (the clean forward that commits it), and then its block only.
+
+Remasking changes the current block only (`remask_scope="block"`), which every step reads anew: nothing has to be
+forgotten. The head has keys and values of its own, for the same columns; with `head_context="block"` it sees nothing
+but the current block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from .backbone_forward import (
+    Places,
+    additive_mask,
+    forward_arguments,
+    forward_at,
+    position_offset,
+    source_places,
+)
+from .block_cache import CanvasCache, Window
+from .canvas_view import Shadows, View, window_columns
+from .correction_head import reread_inputs
+
+CACHES = ("none", "prefix", "dual")
+HEAD_CONTEXTS = ("full", "block")
+
+
+@dataclass
+class CanvasReading:
+    """What one forward over some rows tells.
+
+    Args:
+        logits (`torch.Tensor`): `(N, V)`, of the wanted positions.
+        left_out (`torch.Tensor`, *optional*): `(M, V)`, of the positions to leave out, each without its own token.
+        error_logits (`torch.Tensor`, *optional*): `(b, L)`, the head's logits for *correct*, NaN where it did not
+            look.
+    """
+
+    logits: torch.Tensor
+    left_out: torch.Tensor | None = None
+    error_logits: torch.Tensor | None = None
+
+
+class CanvasReader:
+    """Reads the rows of one canvas for [`decode`].
+
+    Args:
+        model ([`DSCForMaskedDiffusion`]): backbone and head.
+        cache (`str`): `"none"`, `"prefix"` or `"dual"`.
+        head_context (`str`): what the head sees: `"full"` or `"block"`.
+        guidance_scale (`float`, *optional*): classifier-free guidance, `l_u + scale * (l_c - l_u)` with the logits
+            `l_u` of the same canvas without the prompt (arXiv 2502.09992, eq. 16); twice the forwards.
+        leaves_out (`bool`): whether positions will be left out, by shadow masks.
+
+    Raises:
+        `ValueError`: the backbone can't be read with a cache, or with shadow masks.
+    """
+
+    def __init__(
+        self,
+        model,
+        cache: str = "none",
+        head_context: str = "full",
+        guidance_scale: float | None = None,
+        leaves_out: bool = False,
+    ):
+        self.model, self.config, self.backbone = model, model.config, model.backbone
+        self.kind, self.head_context = cache, head_context
+        self.guidance_scale = None if guidance_scale in (None, 1) else guidance_scale
+        self.causal_block = self.config.attention_block_length
+        self.cache = self.head_cache = None
+        if leaves_out:
+            self._need("remasking_score='leave_one_out'", "position_ids")
+        if cache != "none":
+            self._need(f"cache={cache!r}", "past_key_values", "position_ids")
+            self.cache = CanvasCache(self.backbone.config.get_text_config().num_hidden_layers)
+            self.head_cache = CanvasCache(self.config.head_num_layers)
+
+    @property
+    def forwards(self) -> int:
+        """Backbone forwards in one reading."""
+        return 1 if self.guidance_scale is None else 2
+
+    @property
+    def keeps_head(self) -> bool:
+        """Whether the head has to be asked whenever a block begins, for its own keys and values."""
+        return self.cache is not None and self.head_context == "full"
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keep only these rows of the canvas, `(B',)` on the device."""
+        if self.cache is not None:
+            half = len(self.cache.layers[0].keys) // self.forwards
+            self.cache.select_rows(torch.cat([rows + half * i for i in range(self.forwards)]))
+            if self.head_cache.layers[0].is_initialized:
+                self.head_cache.select_rows(rows)
+
+    def groups(self, canvas) -> list[torch.Tensor]:
+        """The rows `(b,)` that one forward reads together: those that begin a block, and the others."""
+        if self.cache is None:
+            return [torch.arange(len(canvas.rows))]
+        begins = canvas.step == 0
+        return [rows for rows in (begins.nonzero()[:, 0], (~begins).nonzero()[:, 0]) if len(rows)]
+
+    def read(
+        self, canvas, rows: torch.Tensor, wanted: torch.Tensor, left_out: torch.Tensor | None, ask_head: bool
+    ) -> CanvasReading:
+        """One forward over some rows.
+
+        Args:
+            canvas ([`Canvas`]): as it stands.
+            rows (`torch.LongTensor`): `(b,)` CPU, one of [`groups`].
+            wanted (`torch.BoolTensor`): `(b, L)` CPU, positions whose prediction is wanted.
+            left_out (`torch.BoolTensor`, *optional*): `(b, L)` CPU, visible positions to predict from all others.
+            ask_head (`bool`): whether the head is wanted.
+        """
+        device = canvas.ids.device
+        places = tuple(index.to(device) for index in wanted.nonzero(as_tuple=True))
+        if self.cache is None and left_out is None:
+            return self._read_whole(canvas, places, ask_head)
+        columns = window_columns(self._window(canvas, rows), device)
+        view = View.of(canvas, rows.to(device), columns)
+        shadows = None if left_out is None else Shadows.of(left_out, device)
+        sources = source_places(places, self.config.logits_shift, view.mask)
+        selected = (sources[0], view.where[sources])
+        if shadows is not None:
+            behind = columns.shape[1] + shadows.places[1]
+            selected = tuple(torch.cat(pair) for pair in zip(selected, (shadows.places[0], behind), strict=True))
+        reread = ask_head and self.config.head_reread
+        logits, states = self._forward(canvas, view, shadows, view.ids, None if reread else selected, 0)
+        error_logits = self._ask_head(canvas, view, logits, states) if ask_head else None
+        logits = logits[selected] if reread else logits
+        if self.guidance_scale is not None:
+            unprompted = self._unprompted(canvas)[view.rows]
+            logits = self._guided(logits, self._forward(canvas, view, shadows, unprompted, selected, 1)[0])
+        count = len(places[0])
+        return CanvasReading(logits[:count], None if shadows is None else logits[count:], error_logits)
+
+    def _need(self, what: str, *arguments: str) -> None:
+        known = forward_arguments(self.backbone)
+        if any(name not in known for name in arguments) or self.backbone.is_custom_code():
+            raise ValueError(
+                f"`{what}` needs a backbone whose forward takes {' and '.join(f'`{name}`' for name in arguments)}, as "
+                f"stock causal LM classes do; {type(self.backbone).__name__} can't be read that way."
+            )
+        attention = self.backbone.config._attn_implementation or ""
+        if "flash" in attention:
+            raise ValueError(f"`{what}` needs 4D attention masks, which {attention!r} does not take; use 'sdpa'.")
+
+    def _read_whole(self, canvas, places: Places, ask_head: bool) -> CanvasReading:
+        """Without cache and shadows: the plain forward, with the padding mask that the backbone obeys."""
+        length, stop = canvas.ids.shape[1], canvas.ids.shape[1]
+        if self.causal_block is not None:  # behind the block nothing is seen
+            stop = int(self._seen_until(canvas).max()) + 1
+        ids, mask, positions = (t[:, :stop] for t in (canvas.ids, canvas.attention_mask, canvas.position_ids))
+        reread = ask_head and self.config.head_reread
+        logits, states = self.model.read(ids, mask, positions, places=None if reread else places)
+        error_logits = None
+        if ask_head and self.head_context == "full":
+            error_logits = self.model.score(ids, logits, states, mask, positions)
+            error_logits = pad(error_logits, (0, length - stop), value=torch.nan)
+        elif ask_head:
+            columns = window_columns(canvas.blocks_cpu == canvas.current[:, None], ids.device)
+            view = View.of(canvas, torch.arange(len(ids), device=ids.device), columns)
+            here = view.rows[:, None], columns
+            error_logits = self._run_head(canvas, view, states[here], logits[here] if reread else None)
+        logits = logits[places] if reread else logits
+        if self.guidance_scale is not None:
+            unprompted = self._unprompted(canvas)[:, :stop]
+            logits = self._guided(logits, self.model.read(unprompted, mask, positions, places=places)[0])
+        return CanvasReading(logits, error_logits=error_logits)
+
+    def _forward(self, canvas, view: View, shadows: Shadows | None, ids, selected, branch: int):
+        """The backbone on a window of `ids` `(b, L)`, and on shadow masks behind it."""
+        allowed = view.allowed(self.config)
+        inputs = view.take(ids)
+        positions = view.positions
+        if shadows is not None:
+            seen = shadows.allowed(self.config, view)
+            width = seen.shape[1]
+            itself = torch.eye(width, dtype=torch.bool, device=ids.device).expand(len(ids), -1, -1)
+            allowed = torch.cat([pad(allowed, (0, width)), torch.cat([seen, itself], dim=2)], dim=1)
+            masks = torch.full_like(shadows.columns, self.config.mask_token_id)
+            inputs = torch.cat([inputs, masks], dim=1)
+            positions = torch.cat([positions, shadows.positions(self.config, view)], dim=1)
+        arguments = {
+            "input_ids": inputs,
+            "attention_mask": additive_mask(allowed, self.backbone.dtype),
+            "position_ids": positions + position_offset(self.backbone),
+        }
+        if self.cache is not None:
+            batch, length = canvas.ids.shape
+            extra = 0 if shadows is None else shadows.columns.shape[1]
+            shape = (self.forwards * batch, length)
+            self.cache.set_window(Window(view.rows + branch * batch, view.columns, shape, extra))
+            arguments |= {"past_key_values": self.cache, "use_cache": True}
+        with torch.no_grad():
+            return forward_at(self.backbone, arguments, self.config.tap_layer, selected)
+
+    def _ask_head(self, canvas, view: View, logits, states) -> torch.Tensor:
+        """The head on the columns of a window whose predictions are in it too, `(b, L)`."""
+        own = (canvas.blocks_cpu == canvas.current[:, None]).to(view.columns.device)[view.rows]
+        here = torch.arange(len(view.columns), device=view.columns.device)[:, None]
+        sources = view.sources(self.config.logits_shift)
+        known = view.inside.gather(1, sources.gather(1, view.columns))
+        if self.head_context == "block":
+            known = known & own.gather(1, view.columns)
+        # a column that can't be judged gives way to another of its row
+        columns = torch.where(known, view.columns, view.columns.masked_fill(~known, -1).amax(1, keepdim=True))
+        aligned = None
+        if self.config.head_reread:
+            aligned = logits[here, view.where.gather(1, sources.gather(1, columns))]
+        states = states[here, view.where.gather(1, columns)]
+        return self._run_head(canvas, View.of(canvas, view.rows, columns), states, aligned)
+
+    def _run_head(self, canvas, view: View, states, aligned) -> torch.Tensor:
+        """The head on the columns of a view, given their states `(b, W, D)` and the logits `(b, W, V)` that predict
+        their tokens, and on those that it keeps; `(b, L)`."""
+        here, columns = torch.arange(len(view.columns), device=view.columns.device)[:, None], view.columns
+        reread = None
+        if aligned is not None:
+            reread = reread_inputs(aligned, view.ids[here, columns], self.config.mask_token_id)
+        head, cache, allowed = self.model.correction_head, None, view.allowed(self.config)
+        if self.keeps_head:
+            cache = self.head_cache
+            cache.set_window(Window(view.rows, columns, tuple(canvas.ids.shape)))
+        else:
+            order = torch.arange(columns.shape[1], device=columns.device)
+            once = view.where.gather(1, columns) == order  # a column that comes twice is seen once
+            allowed = allowed.gather(2, columns[:, None].expand(-1, columns.shape[1], -1)) & once[:, None]
+        mask = additive_mask(allowed, head.score.weight.dtype)
+        result = torch.full((len(columns), canvas.ids.shape[1]), torch.nan, device=columns.device)
+        result[here, columns] = head(states, reread, mask, view.positions, past_key_values=cache)
+        return result
+
+    def _window(self, canvas, rows: torch.Tensor) -> torch.Tensor:
+        """The columns `(b, L)` that have to be read; all rows begin a block, or none does."""
+        own = canvas.blocks_cpu[rows] == canvas.current[rows, None]
+        begins = bool(canvas.step[rows[0]] == 0)
+        columns = torch.arange(own.shape[1])[None]
+        if self.cache is None or (begins and self.causal_block is None):
+            return torch.ones_like(own)
+        if self.causal_block is not None:
+            first = own.long().argmax(1, keepdim=True)
+            blocks = canvas.position_ids_cpu[rows] // self.causal_block
+            if begins:
+                before = canvas.blocks_cpu[rows] == canvas.current[rows, None] - 1
+                first = torch.where(canvas.current[rows, None] > 0, before.long().argmax(1, keepdim=True), 0)
+            real = columns >= torch.where(first == 0, 0, (blocks >= blocks.gather(1, first)).long().argmax(1, True))
+            window = real & (columns <= self._seen_until(canvas)[rows, None])
+        else:
+            window = own.cumsum(1) > 0 if self.kind == "prefix" else own
+        if self.config.logits_shift:  # a block's first token is predicted in front of it
+            window = window | pad(window, (0, 1))[:, 1:]
+        return window
+
+    def _seen_until(self, canvas) -> torch.Tensor:
+        """The last column `(B,)` of the causal attention block that holds the end of each row's block."""
+        blocks = canvas.position_ids_cpu // self.causal_block
+        own = canvas.blocks_cpu == canvas.current[:, None]
+        last = torch.where(own, blocks, -1).amax(1, keepdim=True)
+        return torch.where(blocks <= last, torch.arange(blocks.shape[1])[None], 0).amax(1)
+
+    def _unprompted(self, canvas) -> torch.Tensor:
+        """The canvas with masks in place of the prompt."""
+        return canvas.ids.masked_fill(canvas.blocks < 0, self.config.mask_token_id)
+
+    def _guided(self, prompted: torch.Tensor, unprompted: torch.Tensor) -> torch.Tensor:
+        return unprompted + self.guidance_scale * (prompted - unprompted)
+
+
+__all__ = ["CACHES", "HEAD_CONTEXTS", "CanvasReader", "CanvasReading"]

@@ -1,0 +1,49 @@
+"""The steps of a decode, for those who ask for them (`output_history=True`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .canvas import Canvas
+
+
+@dataclass
+class DecodingStep:
+    """One step of the decode, for all rows of the batch, on the CPU. Tensors `(B, L)`, `active` `(B,)`.
+
+    Args:
+        sequences (`torch.LongTensor`): the ids after the step.
+        unmasked (`torch.BoolTensor`): positions that were filled.
+        remasked (`torch.BoolTensor`): positions that were taken back.
+        scored (`torch.BoolTensor`): positions that were judged.
+        active (`torch.BoolTensor`): rows that took part.
+    """
+
+    sequences: torch.Tensor
+    unmasked: torch.Tensor
+    remasked: torch.Tensor
+    scored: torch.Tensor
+    active: torch.Tensor
+
+
+def record(history: list, canvas: Canvas, unmasked, remasked, scored) -> None:
+    """Append a step to the history, in the order of the caller's rows."""
+    batch = history[0].active.shape[0] if history else len(canvas.rows)
+    previous = history[-1].sequences if history else torch.zeros(batch, canvas.ids.shape[1], dtype=torch.long)
+
+    def place(values: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        base = base.clone()
+        base[canvas.rows] = values.cpu()
+        return base
+
+    nothing = torch.zeros(batch, canvas.ids.shape[1], dtype=torch.bool)
+    active = torch.zeros(batch, dtype=torch.bool)
+    active[canvas.rows] = True
+    history.append(
+        DecodingStep(place(canvas.ids, previous), *(place(v, nothing) for v in (unmasked, remasked, scored)), active)
+    )
+
+
+__all__ = ["DecodingStep"]
