@@ -24,7 +24,8 @@ from transformers import (
 
 from dsc_hf import DSCForMaskedDiffusion, backbones
 from dsc_hf.backbone_forward import align_logits, aligned_logits, position_offset, transformer_blocks
-from dsc_hf.backbones import auto_class_of, load_backbone, mask_token_id_of
+from dsc_hf.backbones import auto_class_of, load_backbone
+from dsc_hf.tokens import find_tokenizer, mask_token_id_of
 
 
 def edit_config(folder, **changes):
@@ -176,8 +177,8 @@ def test_positions():
 
 
 def test_find_tokenizer(backbone_folder, tmp_path):
-    assert backbones.find_tokenizer(str(backbone_folder)).mask_token_id == MASK
-    assert backbones.find_tokenizer(str(tmp_path / "nowhere")) is None
+    assert find_tokenizer(str(backbone_folder)).mask_token_id == MASK
+    assert find_tokenizer(str(tmp_path / "nowhere")) is None
 
 
 def test_align_logits():
