@@ -165,10 +165,14 @@ def _refuse_adapter(name: str, kwargs: dict[str, Any]) -> None:
 
 
 def _raw_config(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    where = {k: kwargs[k] for k in LOCATION_ARGUMENTS if k in kwargs}
     try:
-        return PreTrainedConfig.get_config_dict(name, **{k: kwargs[k] for k in LOCATION_ARGUMENTS if k in kwargs})[0]
-    except (AttributeError, TypeError) as error:
-        raise ValueError(f"The config.json of the backbone {name!r} holds no JSON object; fetch it again.") from error
+        raw = PreTrainedConfig.get_config_dict(name, **where)[0]
+    except (AttributeError, TypeError):  # of transformers, which takes it for an object
+        raw = None
+    if not isinstance(raw, dict):
+        raise ValueError(f"The config.json of the backbone {name!r} holds no JSON object; fetch it again.")
+    return raw
 
 
 def _family_config(name: str, family: Family, raw: dict[str, Any]) -> PreTrainedConfig:
