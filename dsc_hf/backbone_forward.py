@@ -146,10 +146,13 @@ def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def position_offset(model: nn.Module) -> int:
     """The position id of the first token: `padding_idx + 1` where position embeddings have a place for padding (the
-    RoBERTa family, ESM), 0 elsewhere."""
+    RoBERTa family, ESM), what the embeddings' own list begins with (Nystromformer: 2), 0 elsewhere."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return module.padding_idx + 1
+    for name, listed in model.named_buffers():
+        if name.endswith("embeddings.position_ids") and listed.numel() and listed.device.type != "meta":
+            return int(listed.flatten()[0])
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a remote-code backbone really computes, found by running it on a few random ids before it is used.
+"""What a backbone really computes, found by running it on a few random ids before it is used.
 
 Nothing that its code or config claims is believed: which positions see which, whether a padding mask is obeyed and in
 which form, whether there are logits and hidden states at all.
@@ -13,11 +13,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .backbone_forward import position_offset
 from .backbone_parts import embedding_count, transformer_blocks
 from .probe_readings import (
     LENGTH,
     ROWS,
     allowed_ids,
+    attention_block_length,
     close_enough,
     first_reached,
     probe_ids,
@@ -64,6 +66,7 @@ def refuse_causal(model: PreTrainedModel) -> None:
     """Raise a `ValueError` unless every token sees those on both sides of it."""
     config, name = model.config.get_text_config(), type(model).__name__
     limits = [limit for field in LENGTH_LIMITS if isinstance(limit := getattr(config, field, None), int)]
+    limits = [limit - position_offset(model) for limit in limits]
     for length in (LENGTH, min([LONG, *(limit for limit in limits if limit >= LENGTH)])):
         ids = probe_ids(model, 1 if length > LENGTH else ROWS, length)
         if 0 in reached_positions(model, ids, slice(length // 2, None)):
@@ -81,19 +84,30 @@ def refuse_causal(model: PreTrainedModel) -> None:
         if is_block or length == LENGTH:  # else a window, which is shorter than the long row
             raise ValueError(
                 f"{name} is causal: changing tokens {length // 2} to {length - 1} does not change the logits of token "
-                "0. A masked diffusion LM sees both sides of a mask. If this one was trained to, its code may have a "
-                "switch for it: set that in config.json."
+                f"0. A masked diffusion LM sees both sides of a mask. If this one was trained to, {_cure(model)}."
             )
     ids = probe_ids(model)
     if LENGTH - 1 not in reached_positions(model, ids, slice(0, LENGTH // 2)):
         raise ValueError(f"In {name} the last of {LENGTH} tokens does not see the first half; no language model.")
 
 
+def _cure(model: PreTrainedModel) -> str:
+    if getattr(model.config, "is_decoder", False):
+        return "set `is_decoder` to false in its config.json"
+    if type(model).__module__.startswith("transformers.models."):
+        return "convert it to a class that obeys `is_causal=false` (Llama, Qwen2, Qwen3); this one does not"
+    return "its code may have a switch for it: set that in config.json"
+
+
 def padding_form(model: PreTrainedModel) -> str:
     """The first of the padding mask forms that the model obeys, or `"none"` with a warning.
 
     A form is obeyed if, with a row padded on the left, the logits of its tokens do not change with the ids of the
-    padding, are those of the row without padding, and still depend on tokens to their right.
+    padding, are those of the row without padding, and still depend on tokens to their right (on those of no later
+    block, if the config says `attention_block_length`).
+
+    Raises:
+        `ValueError`: the model's blocks can't be told to it in any form.
     """
     arguments = inspect.signature(model.forward).parameters.values()
     seen = {}
@@ -102,9 +116,14 @@ def padding_form(model: PreTrainedModel) -> str:
             seen[form] = why_not(model, form)
             if seen[form] is None:
                 return form
+    found = "; ".join(f"{form}: {why}" for form, why in seen.items()) or "its forward takes none"
+    if attention_block_length(model) is not None:
+        raise ValueError(
+            f"{type(model).__name__} obeys no mask for `attention_block_length={attention_block_length(model)}` "
+            f"({found}); convert it to a class that does (Llama, Qwen2, Qwen3)."
+        )
     logger.warning(
-        f"{type(model).__name__} obeys no padding mask "
-        f"({'; '.join(f'{form}: {why}' for form, why in seen.items()) or 'its forward takes none'}). Prompts of "
+        f"{type(model).__name__} obeys no padding mask ({found}). Prompts of "
         "different lengths will be run in groups of equal length, which is slower."
     )
     return "none"
@@ -113,10 +132,11 @@ def padding_form(model: PreTrainedModel) -> str:
 def why_not(model: PreTrainedModel, form: str) -> str | None:
     """What is wrong with a model's logits under a form of padding mask, or None."""
     ids, attention_mask = probe_ids(model), torch.ones(ROWS, LENGTH, dtype=torch.long, device=model.device)
-    positions = attention_mask.cumsum(1) - 1
-    alone = [read_logits(model, ids[:1], position_ids=positions[:1])]
-    alone.append(read_logits(model, ids[1:, PADDING:], position_ids=positions[1:, : LENGTH - PADDING]))
+    positions, block_length = attention_mask.cumsum(1) - 1, attention_block_length(model)
+    plain = "none" if block_length is None else form
     try:
+        alone = [read_logits(model, ids[:1], plain, position_ids=positions[:1])]
+        alone.append(read_logits(model, ids[1:, PADDING:], plain, position_ids=positions[1:, : LENGTH - PADDING]))
         whole = read_logits(model, ids, form, attention_mask, positions)
         attention_mask[1, :PADDING] = 0
         inputs = {"form": form, "attention_mask": attention_mask, "position_ids": attention_mask.cumsum(1) - 1}
@@ -133,7 +153,11 @@ def why_not(model: PreTrainedModel, form: str) -> str | None:
         return "changes logits where there is no padding"
     if not close_enough(model, repadded[1, PADDING:], padded[1, PADDING:], same_inputs=True):
         return "logits change with the ids of the padding"
-    if PADDING not in reached:
+    if block_length is not None:
+        start = (PADDING + LENGTH) // 2 - PADDING
+        if any((reached >= PADDING) & (reached < PADDING + start // block_length * block_length)):
+            return "tokens see later blocks"
+    elif PADDING not in reached:
         return "attention turns causal with padding"
     for logits, expected in zip((padded[0], padded[1, PADDING:]), alone, strict=True):
         if not close_enough(model, logits, expected[0]):
@@ -210,4 +234,30 @@ def probe_behaviour(model: PreTrainedModel, tensors: int = 0) -> BackboneProbe:
     return BackboneProbe(padding_form(model), num_layers, hidden_size, vocab_size, tensors)
 
 
-__all__ = ["BackboneProbe", "probe_behaviour", "why_not"]
+def probe_stock(model: PreTrainedModel) -> None:
+    """Check that a stock model in eval mode sees both sides of a mask, and set the padding mask that it obeys as
+    `config.padding_mask`. Models on the meta device, and those of too short texts, are not run.
+
+    Raises:
+        `ValueError`: it is causal, or obeys no mask for its `attention_block_length`.
+    """
+    limits = [getattr(model.config.get_text_config(), field, None) for field in LENGTH_LIMITS]
+    short = any(isinstance(limit, int) and limit - position_offset(model) < LENGTH for limit in limits)
+    if short or any(parameter.device.type == "meta" for parameter in model.parameters()):
+        model.config.padding_mask = getattr(model.config, "padding_mask", None)
+        return
+    form = "2d"
+    if attention_block_length(model) is None:
+        refuse_causal(model)
+        form = "none"
+    ids = probe_ids(model)
+    counted = torch.arange(LENGTH, device=model.device).expand(ROWS, -1)
+    if not close_enough(model, read_logits(model, ids, form, position_ids=counted), read_logits(model, ids, form)):
+        raise ValueError(
+            f"{type(model).__name__} gives other logits with `position_ids` that count from 0 than with its own: "
+            "where its positions begin is not known here. Convert it to a class such as Bert or Roberta."
+        )
+    model.config.padding_mask = padding_form(model)
+
+
+__all__ = ["BackboneProbe", "probe_behaviour", "probe_stock", "why_not"]

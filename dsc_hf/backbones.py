@@ -7,32 +7,25 @@ compute something else than its authors trained is refused here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen2Tokenizer,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
-from transformers.utils.hub import resolve_revision
+from transformers.utils.hub import cached_file, resolve_revision
 
 from .backbone_forward import position_offset
-from .backbone_parts import embedding_count
+from .backbone_parts import transformer_blocks
+from .backbone_probe import probe_stock
 from .families import FAMILIES, Family, find_family
-from .hub_errors import lost_connection, unreadable
+from .hub_errors import readable_errors
 from .remote_backbones import load_remote_backbone
 
 LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -53,9 +46,15 @@ def auto_class_of(config: PreTrainedConfig, class_name: str | None = None):
         `AutoModelForMaskedLM` or `AutoModelForCausalLM`.
 
     Raises:
-        `ValueError`: the class is neither, or is causal.
+        `ValueError`: the class is neither, or is causal, or its attention can't be as the config says.
     """
     name = class_name or next(iter(config.architectures or []), None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"The backbone is a {name}, an encoder with a decoder, which attends to the left only and can't fill "
+            "masks. A diffusion LM has one stack of layers that see both sides."
+        )
+    refuse_windows(config, getattr(config, "attention_block_length", None))
     if name in _class_names(MODEL_FOR_MASKED_LM_MAPPING_NAMES):
         return AutoModelForMaskedLM
     if name in _class_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
@@ -70,6 +69,20 @@ def auto_class_of(config: PreTrainedConfig, class_name: str | None = None):
         f"`architectures={config.architectures}` of the backbone's config is no stock masked LM or causal LM class of "
         "transformers; a diffusion LM in one of these classes can be used."
     )
+
+
+def refuse_windows(config: PreTrainedConfig, attention_block_length: int | None) -> None:
+    """Raise a `ValueError` if a block-causal mask would take the place of the windows that some layers attend in."""
+    if attention_block_length is None:
+        return
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if kinds or (window is not None and not getattr(config, "layer_types", None)):
+        said = f"`layer_types` with {sorted(kinds)}" if kinds else f"`sliding_window={window}`"
+        raise ValueError(
+            f"`attention_block_length={attention_block_length}` with {said}: the mask of the blocks would replace the "
+            "windows, and the model would give wrong logits. Unset one of them in the backbone's config."
+        )
 
 
 def load_backbone(
@@ -94,11 +107,10 @@ def load_backbone(
         `ValueError`: there is no such checkpoint, it is corrupt, weights are missing, or it is no usable class.
     """
     name, family = pretrained_model_name_or_path, None
-    with readable_errors("backbone", name):
+    with readable_errors("backbone", name), _named_arguments(kwargs):
+        _refuse_adapter(name, kwargs)
         if config is None:
-            raw, _ = PreTrainedConfig.get_config_dict(
-                name, **{k: kwargs[k] for k in LOCATION_ARGUMENTS if k in kwargs}
-            )
+            raw = _raw_config(name, kwargs)
             family = find_family(raw)
             if family is not None:
                 config = _family_config(name, family, raw)
@@ -120,18 +132,56 @@ def load_backbone(
         _refuse_unknown(name, family, info)
         if family.key_mapping is not None:  # else saving would write upstream names under a stock config
             model._weight_conversions = []
-    return freeze(model)
+        return freeze(model)
+    _refuse_more_blocks(name, model, info)
+    probe_stock(freeze(model))
+    return model
+
+
+@contextmanager
+def _named_arguments(kwargs: dict[str, Any]) -> Iterator[None]:
+    """Turn what a model's class says of an argument that it does not know into a `ValueError` that names it."""
+    try:
+        yield
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in kwargs:
+            raise
+        raise ValueError(
+            f"`{unknown[1]}` is no argument of the correction head (DSCConfig) or of the backbone's `from_pretrained`."
+        ) from error
+
+
+def _refuse_adapter(name: str, kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` for an adapter: the Auto classes would load the model that it names, or add it unasked."""
+    where = {k: kwargs[k] for k in LOCATION_ARGUMENTS if k in kwargs}
+    for folder in dict.fromkeys(("", where.pop("subfolder", None) or "")):
+        where |= {"subfolder": folder, "_raise_exceptions_for_missing_entries": False}
+        if cached_file(name, "adapter_config.json", **where) is not None:
+            holds = "is only" if cached_file(name, "config.json", **where) is None else "holds"
+            raise ValueError(
+                f"The backbone {name!r} {holds} an adapter (adapter_config.json). Load its base and the adapter with "
+                "peft and pass the model, or save them merged (`merge_and_unload`)."
+            )
 
 
 def _raw_config(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    return PreTrainedConfig.get_config_dict(name, **{k: kwargs[k] for k in LOCATION_ARGUMENTS if k in kwargs})[0]
+    where = {k: kwargs[k] for k in LOCATION_ARGUMENTS if k in kwargs}
+    try:
+        raw = PreTrainedConfig.get_config_dict(name, **where)[0]
+    except (AttributeError, TypeError):  # of transformers, which takes it for an object
+        raw = None
+    if not isinstance(raw, dict):
+        raise ValueError(f"The config.json of the backbone {name!r} holds no JSON object; fetch it again.")
+    return raw
 
 
 def _family_config(name: str, family: Family, raw: dict[str, Any]) -> PreTrainedConfig:
     try:
         config = family.config(raw)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ValueError(f"The {family.name} checkpoint {name!r} can't be used: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        said = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"The {family.name} checkpoint {name!r} can't be used: {said}") from error
     stock = config.__class__.__name__.removesuffix("Config")
     config.architectures = [f"{stock}ForCausalLM"]
     return config
@@ -144,26 +194,6 @@ def _stock_config(name: str, raw: dict[str, Any], kwargs: dict[str, Any]) -> Pre
             f"brings no code of its own. Known families of diffusion LMs: {', '.join(f.name for f in FAMILIES)}."
         )
     return AutoConfig.from_pretrained(name, **{k: kwargs[k] for k in LOCATION_ARGUMENTS if k in kwargs})
-
-
-@contextmanager
-def readable_errors(what: str, name: str) -> Iterator[None]:
-    """Turn what transformers, safetensors and the Hub raise while loading into a `ValueError` that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        advice = "Check the path or Hub id, or pass a loaded model."
-        raise unreadable(f"The {what} {name!r}", error, advice) from error
-    except (RuntimeError, StrictDataclassError) as error:
-        if type(error).__name__ == "OutOfMemoryError" or "meta device" in str(error):  # not the checkpoint's fault
-            raise
-        raise ValueError(f"The {what} {name!r} does not fit its config.json: {error}") from error
-    except Exception as error:
-        if lost_connection(error) and not isinstance(error, ValueError):  # else it has been told already
-            raise unreadable(f"The {what} {name!r}", error, "") from error
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise ValueError(f"The weights of the {what} {name!r} are corrupt ({error}); fetch them again.") from error
 
 
 def refuse_incomplete(name: str, loading_info: dict[str, Any], ignore: tuple[str, ...] = ()) -> None:
@@ -191,6 +221,23 @@ def _refuse_unknown(name: str, family: Family, loading_info: dict[str, Any]) -> 
         )
 
 
+def _refuse_more_blocks(name: str, model: PreTrainedModel, loading_info: dict[str, Any]) -> None:
+    """Raise a `ValueError` for weights of blocks, or parts of them, that a stock class has no place for. (Poolers and
+    heads of pretraining are left out as ever.)"""
+    blocks = transformer_blocks(model)
+    prefix = f"{next(path for path, module in model.named_modules() if module is blocks)}."
+    prefixes = (prefix, prefix.removeprefix(f"{model.base_model_prefix}."))
+    buffers = ("inv_freq", "masked_bias", "position_ids")
+    unexpected = loading_info.get("unexpected_keys", ())
+    unknown = sorted(k for k in unexpected if k.startswith(prefixes) and not k.endswith(buffers))
+    if unknown:
+        raise ValueError(
+            f"The checkpoint {name!r} holds weights of {prefix[:-1]} that its config.json does not speak of: "
+            f"{unknown[:5]} ({len(unknown)}; it says {len(blocks)} layers). Without them it would give wrong logits; "
+            "it is another model."
+        )
+
+
 def without_peft_wrapper(model: Any) -> Any:
     """The transformers model inside a `PeftModel`, adapters injected as they are; anything else as it is.
 
@@ -211,84 +258,12 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
-def mask_token_id_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
-    """The mask token's id, from the config or the tokenizer, checked against the embeddings.
-
-    Raises:
-        `ValueError`: nothing names one, they disagree, or the model has no embedding for it.
-    """
-    token = getattr(model.config, "mask_token", None)
-    found = {
-        "the config's `mask_token_id`": getattr(model.config, "mask_token_id", None),
-        "the tokenizer's `mask_token_id`": getattr(tokenizer, "mask_token_id", None),
-        f"the family's token {token!r} in the tokenizer": _id_of(token, tokenizer),
-    }
-    found = {source: token_id for source, token_id in found.items() if token_id is not None}
-    if len(set(found.values())) > 1:
-        said = " and ".join(f"{source} is {token_id}" for source, token_id in found.items())
-        raise ValueError(f"{said}: pass `mask_token_id=` the one that the backbone was trained with.")
-    if not found:
-        hint = "" if token is None else f" (the family's is {token!r}, which its tokenizer has)"
-        raise ValueError(
-            "`mask_token_id` is in neither the backbone's config nor its tokenizer; pass `mask_token_id=` or set it "
-            f"in the config{hint}."
-        )
-    return check_token_id(model, "mask_token_id", next(iter(found.values())))
-
-
-def _id_of(token: str | None, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
-    return None if token is None or tokenizer is None else tokenizer.get_vocab().get(token)
-
-
-def token_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
-    """Special tokens and the number of real tokens, as fields of [`DSCConfig`].
-
-    EOS is every token that ends a response: those that tokenizer, generation config and config name, and the family's
-    end of turn. Embeddings may be padded beyond the tokenizer: ids from `token_count` on are never written.
-    """
-    sources = (tokenizer, getattr(model, "generation_config", None), model.config)
-
-    def values(name: str) -> list[int]:
-        found = [getattr(source, name, None) for source in sources]
-        return [i for value in found if value is not None for i in (value if isinstance(value, list) else [value])]
-
-    ends = [_id_of(token, tokenizer) for token in getattr(model.config, "end_tokens", None) or ()]
-    eos = list(dict.fromkeys([*values("eos_token_id"), *(i for i in ends if i is not None)]))
-    counts = [None if tokenizer is None else len(tokenizer), getattr(model.config, "token_count", None)]
-    return {
-        "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None),
-        "pad_token_id": next(iter(values("pad_token_id")), None),
-        "bos_token_id": next(iter(values("bos_token_id")), None),
-        "token_count": min((count for count in counts if count is not None), default=None),
-    }
-
-
 def pinned_revision(name: str, revision: str | None = None, **kwargs: Any) -> str | None:
     """The commit that a revision of a Hub repository is now, so that a head can name its backbone exactly; the
     revision as it is where there is none to ask (a folder, no connection)."""
     where = {k: kwargs[k] for k in ("cache_dir", "local_files_only", "token") if k in kwargs}
     found = resolve_revision(name, revision=revision, **where)
     return getattr(found, "resolved", found)
-
-
-def check_token_id(model: PreTrainedModel, name: str, token_id: int) -> int:
-    """Return a token id that the model has an embedding for, or raise a `ValueError` that names it."""
-    size = embedding_count(model)
-    if not 0 <= token_id < size:
-        raise ValueError(f"`{name}={token_id}` is outside the backbone's {size} embeddings.")
-    return token_id
-
-
-def find_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a backbone, or None if there is none. Dream's own class, which is remote code, is a copy of
-    Qwen2's, which is taken instead."""
-    kwargs.setdefault("trust_remote_code", False)  # else transformers asks on the terminal
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        if "trust_remote_code" not in str(error) or _raw_config(name_or_path, kwargs).get("model_type") != "Dream":
-            return None
-    return Qwen2Tokenizer.from_pretrained(name_or_path, **kwargs)
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

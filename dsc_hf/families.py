@@ -77,6 +77,10 @@ class Family:
         config.attention_block_length = next(
             (raw[field] for field in self.block_length_fields if raw.get(field) is not None), self.block_length
         )
+        block_length = config.attention_block_length
+        if block_length is not None and (type(block_length) is not int or block_length < 1):
+            raise ValueError(f"config.json says that blocks are {block_length!r} long; it must be a positive integer.")
+        config.padding_mask = "2d"  # verified for every family
         config.mask_token_id, config.mask_token = raw.get("mask_token_id"), self.mask_token
         config.end_tokens = list(self.end_tokens)
         config.dtype = raw.get("dtype", raw.get("torch_dtype"))
@@ -122,12 +126,19 @@ def _rope_parameters(raw: RawConfig) -> RawConfig:
     _require(raw, ["rope_theta"])
     scaling = dict(raw.get("rope_scaling") or {})
     kind = scaling.pop("type", None)
+    if scaling and kind is None and "rope_type" not in scaling:
+        raise ValueError(
+            f"config.json says `rope_scaling={raw['rope_scaling']}` without a type; name it "
+            f"({', '.join(ROPE_INIT_FUNCTIONS)}), else the model would give wrong logits."
+        )
     parameters = {"rope_type": kind or "default", **scaling, "rope_theta": float(raw["rope_theta"])}
     if parameters["rope_type"] not in ("default", *ROPE_INIT_FUNCTIONS):
         raise ValueError(
             f"config.json says `rope_scaling={raw['rope_scaling']}`; known types are "
             f"{['default', *ROPE_INIT_FUNCTIONS]}. The model would give wrong logits, so it is not loaded."
         )
+    if parameters["rope_type"] in ("linear", "dynamic", "yarn", "llama3") and parameters.get("factor") is None:
+        raise ValueError(f"config.json says `rope_scaling={raw['rope_scaling']}`, which lacks `factor`.")
     return parameters
 
 
@@ -196,6 +207,11 @@ def _llada_moe_config(raw: RawConfig) -> Qwen3MoeConfig:
             "router_topk_group": (),
         },
     )
+    if raw["num_experts_per_tok"] > raw["num_experts"]:
+        raise ValueError(
+            f"config.json says `num_experts_per_tok={raw['num_experts_per_tok']}` of `num_experts="
+            f"{raw['num_experts']}`; there are not so many."
+        )
     layers, frequency = raw["num_hidden_layers"], raw["moe_layer_freq"]
     if not isinstance(frequency, list) or len(frequency) != layers or set(frequency) - {0, 1}:
         raise ValueError(f"config.json says `moe_layer_freq={frequency!r}`; it must have a 0 or 1 for each layer.")

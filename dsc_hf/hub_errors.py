@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import OfflineModeIsEnabled, StrictDataclassError
 
 
 def lost_connection(error: BaseException) -> BaseException | None:
@@ -32,6 +33,28 @@ def unreadable(what: str, error: BaseException, advice: str) -> ValueError:
         f"{what} could not be fetched whole: the connection failed ({type(cause).__name__}: {cause}). Nothing was "
         "loaded; try again, files that were complete are not fetched again."
     )
+
+
+@contextmanager
+def readable_errors(what: str, name: str) -> Iterator[None]:
+    """Turn what transformers, safetensors and the Hub raise while loading into a `ValueError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        advice = "Check the path or Hub id, or pass a loaded model."
+        raise unreadable(f"The {what} {name!r}", error, advice) from error
+    except (RuntimeError, StrictDataclassError) as error:
+        if type(error).__name__ == "OutOfMemoryError" or "meta device" in str(error):  # not the checkpoint's fault
+            raise
+        raise ValueError(f"The {what} {name!r} does not fit its config.json: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"The {what} {name!r} can't be used: its config.json lacks {error}.") from error
+    except Exception as error:
+        if lost_connection(error) and not isinstance(error, ValueError):  # else it has been told already
+            raise unreadable(f"The {what} {name!r}", error, "") from error
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ValueError(f"The weights of the {what} {name!r} are corrupt ({error}); fetch them again.") from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

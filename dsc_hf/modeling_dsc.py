@@ -16,17 +16,15 @@ from transformers.utils import logging
 from .adapters_dsc import has_adapter
 from .backbone_forward import Places, additive_mask, allowed_attention, run_backbone
 from .backbone_parts import embedding_count, transformer_blocks
+from .backbone_probe import probe_stock
 from .backbones import (
     LOCATION_ARGUMENTS,
     auto_class_of,
-    check_token_id,
-    find_tokenizer,
     freeze,
     load_backbone,
-    mask_token_id_of,
     max_positions,
     pinned_revision,
-    token_ids_of,
+    refuse_windows,
     without_peft_wrapper,
 )
 from .causal_use import refuse_causal_use
@@ -37,6 +35,7 @@ from .correction_head import CorrectionHead, reread_inputs
 from .fingerprint import backbone_fingerprint, refuse_other_backbone
 from .generation_config_dsc import DSCGenerationConfig
 from .generation_dsc import DSCGenerationMixin
+from .tokens import check_token_id, find_tokenizer, mask_token_id_of, token_ids_of
 
 logger = logging.get_logger(__name__)
 
@@ -157,7 +156,7 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
             model = load_backbone(name, **kwargs)
             if tokenizer is None:
                 where = {k: kwargs[k] for k in (*LOCATION_ARGUMENTS, "trust_remote_code") if k in kwargs}
-                tokenizer = find_tokenizer(name, **where)
+                tokenizer = find_tokenizer(name, model.config, **where)
         elif kwargs:
             raise ValueError(f"`{next(iter(kwargs))}` can't be applied to a backbone that is already loaded.")
         else:
@@ -213,8 +212,12 @@ class DSCForMaskedDiffusion(DSCCheckpointMixin, DSCGenerationMixin, PreTrainedMo
                 f"`attn_implementation={backbone.config._attn_implementation!r}` takes no block-causal mask, which "
                 f"this backbone needs (`attention_block_length={self.config.attention_block_length}`); use 'sdpa'."
             )
-        self.config.padding_mask = getattr(backbone.config, "padding_mask", None) or "2d"
-        self.backbone = freeze(backbone)
+        refuse_windows(backbone.config, self.config.attention_block_length)
+        freeze(backbone)
+        if getattr(backbone.config, "padding_mask", None) is None:  # else it was probed when it was loaded
+            probe_stock(backbone)
+        self.config.padding_mask = backbone.config.padding_mask or "2d"
+        self.backbone = backbone
         tied = getattr(backbone, "all_tied_weights_keys", None) or {}
         self.all_tied_weights_keys.update({f"backbone.{k}": f"backbone.{v}" for k, v in tied.items()})
         self._no_split_modules |= set(getattr(backbone, "_no_split_modules", None) or [])

@@ -36,6 +36,11 @@ def allowed_ids(model: PreTrainedModel) -> torch.LongTensor:
     return tokens
 
 
+def attention_block_length(model: PreTrainedModel) -> int | None:
+    """The length of the blocks between which the model's attention is made causal, by its config, or None."""
+    return getattr(model.config, "attention_block_length", None)
+
+
 def read_logits(
     model: PreTrainedModel,
     input_ids: torch.LongTensor,
@@ -44,16 +49,16 @@ def read_logits(
     position_ids: torch.LongTensor | None = None,
 ) -> torch.Tensor:
     """Logits `(B, L, V)` in float32 on the CPU, as decoding would get them; those of ids that are never predicted
-    (-inf or -1e6 at every position, as MDLM's mask token) count as 0.
+    (-inf or -1e6 at every position, as MDLM's mask token) count as 0. If the model's config says
+    `attention_block_length`, its blocks are in every mask but that of the form `"none"`.
 
     Raises:
         `ValueError`: the code stopped, or its output is no finite logits.
     """
+    config = SimpleNamespace(padding_mask=form, attention_block_length=attention_block_length(model))
     try:
         with torch.no_grad():
-            logits, _ = run_backbone(
-                model, SimpleNamespace(padding_mask=form), input_ids, attention_mask, position_ids
-            )
+            logits, _ = run_backbone(model, config, input_ids, attention_mask, position_ids)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -281,6 +281,25 @@ def load_while_the_hub_is_down():
         faults()
 
 
+def load_while_the_tokenizer_is_broken():
+    """A backbone to wrap, its tokenizer broken in the middle or answered 503; then again, with the same cache."""
+    found = []
+    for fault in ({"after": 10}, {"status": 503}, {"method": "HEAD", "status": 503}):
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            cache = f"tokenizer-{len(found)}"
+            faults({"path": f"me/base/{file}", **fault}, {"path": f"/{file}", **fault})
+            try:
+                message = repr(
+                    DSCForMaskedDiffusion.from_backbone("me/base", cache_dir=cache, **HEAD).config.token_count
+                )
+            except Exception as error:
+                message = f"{type(error).__name__}: {error}"
+            faults()
+            model = DSCForMaskedDiffusion.from_backbone("me/base", cache_dir=cache, **HEAD)
+            found.append([message, model.config.token_count, model.config.eos_token_id])
+    return found
+
+
 def load_and_run_the_card():
     exec(re.findall(r"```python\n(.*?)```", readme("me/head"), re.DOTALL)[0], variables := {})
     return equals(variables["model"], "head") and len(variables["ids"][0])

@@ -9,22 +9,30 @@ from conftest import EOS, MASK, PAD, VOCAB, left_pad, make_bert, make_llama, mak
 from safetensors.torch import load_file, save_file
 from transformers import (
     AlbertConfig,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    BartConfig,
     BertConfig,
+    ConvBertConfig,
     DebertaV2Config,
     ElectraConfig,
     EsmConfig,
+    FNetConfig,
+    FNetForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaModel,
+    MistralConfig,
     ModernBertConfig,
+    NystromformerConfig,
     RobertaConfig,
 )
 
 from dsc_hf import DSCForMaskedDiffusion, backbones
 from dsc_hf.backbone_forward import align_logits, aligned_logits, position_offset, transformer_blocks
-from dsc_hf.backbones import auto_class_of, load_backbone, mask_token_id_of
+from dsc_hf.backbones import auto_class_of, load_backbone
+from dsc_hf.tokens import mask_token_id_of
 
 
 def edit_config(folder, **changes):
@@ -142,6 +150,44 @@ def test_location_arguments_reach_the_checkpoint(backbone_folder):
     assert loaded.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("keep_model", [False, True])
+def test_adapters_are_named(keep_model, backbone_folder):
+    """The Auto classes would take the weights of the base that the adapter names, or put the adapter on unasked."""
+    (backbone_folder / "adapter_config.json").write_text('{"base_model_name_or_path": "nowhere", "peft_type": "LORA"}')
+    if not keep_model:
+        (backbone_folder / "config.json").unlink()
+    said = "holds an adapter" if keep_model else "is only an adapter"
+    with pytest.raises(ValueError, match=f"{said}.*with peft and pass the model"):
+        load_backbone(str(backbone_folder))
+
+
+@pytest.mark.parametrize("make", [make_llama, make_bert])
+def test_weights_of_more_layers_are_an_error(make, tmp_path):
+    make().save_pretrained(tmp_path)
+    edit_config(tmp_path, num_hidden_layers=2)
+    with pytest.raises(ValueError, match=r"weights of .*layers? that its config.json.*\.2\..*it says 2 layers"):
+        load_backbone(str(tmp_path))
+
+
+def test_poolers_and_other_heads_are_left_out(tmp_path):
+    make_bert().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights |= {"bert.pooler.dense.weight": torch.ones(16, 16), "cls.seq_relationship.weight": torch.ones(2, 16)}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert load_backbone(str(tmp_path)).config.padding_mask == "2d"
+
+
+def test_a_config_that_is_no_object_is_an_error(backbone_folder):
+    (backbone_folder / "config.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="holds no JSON object"):
+        load_backbone(str(backbone_folder))
+
+
+def test_unknown_arguments_are_named(backbone_folder):
+    with pytest.raises(ValueError, match="`dtpe` is no argument of the correction head .* or of the backbone's"):
+        DSCForMaskedDiffusion.from_backbone(str(backbone_folder), dtpe="float32")
+
+
 # Facts
 
 
@@ -173,11 +219,6 @@ def test_positions():
     assert (position_offset(make_llama()), backbones.max_positions(make_llama())) == (0, 64)
     assert (position_offset(make_bert()), backbones.max_positions(make_bert())) == (0, 64)
     assert (position_offset(make_roberta()), backbones.max_positions(make_roberta())) == (2, 32)
-
-
-def test_find_tokenizer(backbone_folder, tmp_path):
-    assert backbones.find_tokenizer(str(backbone_folder)).mask_token_id == MASK
-    assert backbones.find_tokenizer(str(tmp_path / "nowhere")) is None
 
 
 def test_align_logits():
@@ -240,3 +281,84 @@ def test_shared_layers_have_no_block_to_tap():
     backbone = AutoModelForMaskedLM.from_config(AlbertConfig(**SIZES, embedding_size=16, mask_token_id=MASK))
     with pytest.raises(ValueError, match="AlbertForMaskedLM has no list of `num_hidden_layers=3` blocks"):
         make_model(backbone)
+
+
+# What a stock class really computes
+
+
+CAUSAL = {
+    "gpt_neo": {"num_layers": 2, "num_heads": 2, "attention_types": [[["global"], 2]], "window_size": 8},
+    "stablelm": {"num_key_value_heads": 2},
+    "mamba": {"state_size": 4},
+    "bert": {"is_decoder": True, "is_causal": None},
+}
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_classes_that_stay_causal_are_refused(kind, tmp_path):
+    skip = ("num_hidden_layers", "num_attention_heads") if kind == "gpt_neo" else ()
+    fields = {k: v for k, v in SIZES.items() if k not in skip} | {"is_causal": False, **CAUSAL[kind]}
+    config = AutoConfig.for_model(kind, **fields, mask_token_id=MASK)
+    auto_class = AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM
+    backbone = auto_class.from_config(config)
+    backbone.save_pretrained(tmp_path)
+    advice = "set `is_decoder` to false" if kind == "bert" else "convert it to a class that obeys"
+    with pytest.raises(ValueError, match=f"is causal: .*{advice}"):
+        load_backbone(str(tmp_path))
+    with pytest.raises(ValueError, match="is causal"):
+        DSCForMaskedDiffusion.from_backbone(backbone, mask_token_id=MASK)
+
+
+IGNORING = {
+    "fnet": (FNetConfig, {}),
+    "convbert": (ConvBertConfig, {"embedding_size": 16}),
+    "nystromformer": (NystromformerConfig, {}),
+}
+
+
+@pytest.mark.parametrize("kind", IGNORING)
+def test_classes_that_obey_no_padding_mask_run_rows_alone(kind, tmp_path, caplog):
+    config_class, changes = IGNORING[kind]
+    backbone = AutoModelForMaskedLM.from_config(config_class(**{**SIZES, **changes}, mask_token_id=MASK)).eval()
+    backbone.save_pretrained(tmp_path)
+    for source in (backbone, str(tmp_path)):
+        model = DSCForMaskedDiffusion.from_backbone(source, mask_token_id=MASK, head_num_attention_heads=2)
+        assert model.config.padding_mask == "none" and "obeys no padding mask" in caplog.text
+        ids = prompt_ids(9, rows=2)
+        padded, mask = left_pad([ids[0], ids[1, :6]])
+        together = model(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+        with torch.no_grad():
+            torch.testing.assert_close(together[:1], backbone(ids[:1]).logits)
+            torch.testing.assert_close(together[1:, -6:], backbone(ids[1:, :6]).logits)
+        caplog.clear()
+
+
+def test_encoders_with_decoders_are_refused():
+    config = BartConfig(vocab_size=VOCAB, d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=16)
+    with pytest.raises(ValueError, match="BartForConditionalGeneration, an encoder with a decoder"):
+        auto_class_of(config, "BartForConditionalGeneration")
+
+
+def test_blocks_and_windows_exclude_each_other(tmp_path):
+    config = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=8, is_causal=False, mask_token_id=MASK)
+    backbone = AutoModelForCausalLM.from_config(config)
+    backbone.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`attention_block_length=4` with `sliding_window=8`"):
+        DSCForMaskedDiffusion.from_backbone(backbone, mask_token_id=MASK, attention_block_length=4)
+    edit_config(tmp_path, attention_block_length=4)
+    with pytest.raises(ValueError, match="`attention_block_length=4` with `sliding_window=8`"):
+        load_backbone(str(tmp_path))
+    edit_config(tmp_path, sliding_window=None)
+    assert load_backbone(str(tmp_path)).config.padding_mask == "2d"
+
+
+def test_classes_that_take_no_blocks_are_refused(tmp_path):
+    FNetForMaskedLM(FNetConfig(**SIZES, mask_token_id=MASK, attention_block_length=4)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="FNetForMaskedLM obeys no mask for `attention_block_length=4`"):
+        load_backbone(str(tmp_path))
+
+
+def test_models_without_weights_are_not_run():
+    with torch.device("meta"):
+        backbone = make_llama()
+    assert DSCForMaskedDiffusion.from_backbone(backbone).config.padding_mask == "2d"

@@ -15,7 +15,7 @@ from pathlib import Path
 import hub_client
 import pytest
 import yaml
-from conftest import make_llama, make_tokenizer
+from conftest import EOS, TOKENS, make_llama, make_tokenizer
 from hub_server import HubServer
 
 CLIENT = Path(__file__).with_name("hub_client.py")
@@ -263,6 +263,15 @@ def check_interrupted(result: dict, repo_id: str) -> None:
 def test_decoding_defaults_that_cannot_be_fetched_are_an_error(loaded):
     message = refusal(loaded["load_while_the_hub_is_down"])
     assert "generation_config.json of 'me/head' could not be read" in message and "decode in another way" in message
+
+
+def test_a_tokenizer_that_cannot_be_fetched_is_an_error(loaded):
+    """Without it the model would not know its EOS, and write ids that are no tokens."""
+    found = loaded["load_while_the_tokenizer_is_broken"]["result"]
+    assert [retried for _, *retried in found] == [[TOKENS, EOS]] * 6
+    for message, *_ in found:
+        assert message.startswith("ValueError: The tokenizer of the backbone 'me/base' could not be"), message
+    assert all("the connection failed (" in message for message, *_ in found[:2])
 
 
 def test_the_code_in_the_card_runs(loaded):

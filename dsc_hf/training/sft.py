@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..backbone_forward import aligned_logits
-from ..backbones import mask_token_id_of
+from ..tokens import mask_token_id_of
 from .base import DiffusionTrainer, DiffusionTrainingArguments
 from .collator import IGNORE_INDEX
 from .corruption import draw_times, mask_tokens

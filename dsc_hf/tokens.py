@@ -1,0 +1,171 @@
+"""The tokenizer beside a backbone, and the special tokens that it, the config or the family names."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+from .backbone_parts import embedding_count
+from .hub_errors import lost_connection, unreadable
+
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+"""Files of any tokenizer; the first two of them, or a vocabulary, make one."""
+VOCABULARIES = (
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("sentence.bpe.model", "spm.model", "tekken.json"),
+)
+
+
+def mask_token_id_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
+    """The mask token's id, from the config or the tokenizer, checked against the embeddings.
+
+    Raises:
+        `ValueError`: nothing names one, they disagree, or the model has no embedding for it.
+    """
+    token = getattr(model.config, "mask_token", None)
+    found = {
+        "the config's `mask_token_id`": getattr(model.config, "mask_token_id", None),
+        "the tokenizer's `mask_token_id`": getattr(tokenizer, "mask_token_id", None),
+        f"the family's token {token!r} in the tokenizer": _id_of(token, tokenizer),
+    }
+    found = {source: token_id for source, token_id in found.items() if token_id is not None}
+    if len(set(found.values())) > 1:
+        said = " and ".join(f"{source} is {token_id}" for source, token_id in found.items())
+        raise ValueError(f"{said}: pass `mask_token_id=` the one that the backbone was trained with.")
+    if not found:
+        hint = "" if token is None else f" (the family's is {token!r}, which its tokenizer has)"
+        raise ValueError(
+            "`mask_token_id` is in neither the backbone's config nor its tokenizer; pass `mask_token_id=` or set it "
+            f"in the config{hint}."
+        )
+    return check_token_id(model, "mask_token_id", next(iter(found.values())))
+
+
+def _id_of(token: str | None, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    return None if token is None or tokenizer is None else tokenizer.get_vocab().get(token)
+
+
+def token_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
+    """Special tokens and the number of real tokens, as fields of [`DSCConfig`].
+
+    EOS is every token that ends a response: those that tokenizer, generation config and config name, and the family's
+    end of turn. Embeddings may be padded beyond the tokenizer: ids from `token_count` on are never written.
+    """
+    sources = (tokenizer, getattr(model, "generation_config", None), model.config)
+
+    def values(name: str) -> list[int]:
+        found = [getattr(source, name, None) for source in sources]
+        return [i for value in found if value is not None for i in (value if isinstance(value, list) else [value])]
+
+    ends = [_id_of(token, tokenizer) for token in getattr(model.config, "end_tokens", None) or ()]
+    eos = list(dict.fromkeys([*values("eos_token_id"), *(i for i in ends if i is not None)]))
+    counts = [None if tokenizer is None else len(tokenizer), getattr(model.config, "token_count", None)]
+    return {
+        "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None),
+        "pad_token_id": next(iter(values("pad_token_id")), None),
+        "bos_token_id": next(iter(values("bos_token_id")), None),
+        "token_count": min((count for count in counts if count is not None), default=None),
+    }
+
+
+def check_token_id(model: PreTrainedModel, name: str, token_id: int) -> int:
+    """Return a token id that the model has an embedding for, or raise a `ValueError` that names it."""
+    size = embedding_count(model)
+    if not 0 <= token_id < size:
+        raise ValueError(f"`{name}={token_id}` is outside the backbone's {size} embeddings.")
+    return token_id
+
+
+def find_tokenizer(
+    name_or_path: str, config: PreTrainedConfig | None = None, trust_remote_code: bool = False, **where: Any
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a backbone, or None if there is none.
+
+    The upstream config.json is not read again (stock classes can't read those of the families), nor its code run. A
+    family's tokenizer is of a stock class wherever one is named; Dream's own is a copy of Qwen2's.
+
+    Args:
+        name_or_path (`str`): the backbone's folder or Hub id.
+        config (`PreTrainedConfig`, *optional*): of the loaded backbone.
+        trust_remote_code (`bool`): run the code of a tokenizer that has its own.
+        where: arguments that locate the files (`revision`, `subfolder`, `token`, ...).
+
+    Raises:
+        `ValueError`: there is one, but it can't be read or fetched.
+    """
+    try:
+        files = {name: path for name in TOKENIZER_FILES + VOCABULARIES if (path := _find(name_or_path, name, **where))}
+        if not files.keys() & {*TOKENIZER_FILES[:2], *VOCABULARIES}:
+            return None
+        said = _tokenizer_config(files)
+        named = said.get("tokenizer_class") or ""
+        if named.removesuffix("Fast") == "DreamTokenizer":
+            return Qwen2Tokenizer.from_pretrained(name_or_path, **where)
+        if config is None or getattr(config, "mask_token", None) is not None:  # a family's
+            trust_remote_code = trust_remote_code and _is_unknown(named)
+            if config is None or named or "tokenizer.json" in files:
+                config = PreTrainedConfig()  # a stock config would take its own class instead of the named one
+        # without False, transformers asks on the terminal
+        return AutoTokenizer.from_pretrained(
+            name_or_path, config=config, trust_remote_code=bool(trust_remote_code), **where
+        )
+    except Exception as error:
+        what = f"The tokenizer of the backbone {name_or_path!r}"
+        advice = "Mend it or fetch it again, or pass `tokenizer=`."
+        if "trust_remote_code" in str(error):
+            advice = "Its code comes with the checkpoint: read it and pass `trust_remote_code=True`, or `tokenizer=`."
+        elif isinstance(error, ImportError):
+            advice = "Install what it needs, or pass `tokenizer=`."
+        if lost_connection(error) is None and not isinstance(error, (OSError, ImportError, ValueError)):
+            raise ValueError(f"{what} could not be read ({type(error).__name__}: {error}). {advice}") from error
+        raise unreadable(what, error, advice) from error
+
+
+def _tokenizer_config(files: dict[str, str]) -> dict[str, Any]:
+    if "tokenizer_config.json" not in files:
+        return {}
+    with open(files["tokenizer_config.json"], encoding="utf-8") as file:
+        said = json.load(file)
+    if not isinstance(said, dict):
+        raise ValueError("its tokenizer_config.json holds no JSON object")
+    return said
+
+
+def _is_unknown(class_name: str) -> bool:
+    """Whether a class of tokenizers is none of transformers'."""
+    names = {class_name, class_name.removesuffix("Fast"), f"{class_name.removesuffix('Fast')}Fast"}
+    return all(tokenizer_class_from_name(name) is None for name in names)
+
+
+def _find(name_or_path: str, file: str, subfolder: str | None = None, **where: Any) -> str | None:
+    """Path of a checkpoint's file, fetched if need be, or None if the checkpoint has none of that name.
+
+    transformers' own `cached_file` says so too if the Hub is down.
+    """
+    if os.path.isdir(name_or_path):
+        path = os.path.join(name_or_path, subfolder or "", file)
+        return path if os.path.isfile(path) else None
+    where = {k: where[k] for k in ("cache_dir", "revision", "token", "local_files_only") if k in where}
+    file = f"{subfolder}/{file}" if subfolder else file
+    location = {k: where[k] for k in ("cache_dir", "revision") if k in where}
+    cached = try_to_load_from_cache(name_or_path, file, **location)
+    if cached is not None and where.get("revision") is not None:  # a commit, see `pinned_revision`
+        return cached if isinstance(cached, str) else None
+    try:
+        return hf_hub_download(name_or_path, file, **where)
+    except LocalEntryNotFoundError:
+        if HF_HUB_OFFLINE or where.get("local_files_only"):
+            return None
+        raise
+    except EntryNotFoundError:
+        return None
+
+
+__all__ = ["find_tokenizer", "mask_token_id_of", "token_ids_of"]
