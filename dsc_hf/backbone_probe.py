@@ -236,14 +236,16 @@ def probe_behaviour(model: PreTrainedModel, tensors: int = 0) -> BackboneProbe:
 
 def probe_stock(model: PreTrainedModel) -> None:
     """Check that a stock model in eval mode sees both sides of a mask, and set the padding mask that it obeys as
-    `config.padding_mask`. Models on the meta device, and those of too short texts, are not run.
+    `config.padding_mask`. Models on the meta device, those of too short texts and quantised ones (whose rounding depends
+    on the batch) are not run.
 
     Raises:
         `ValueError`: it is causal, or obeys no mask for its `attention_block_length`.
     """
     limits = [getattr(model.config.get_text_config(), field, None) for field in LENGTH_LIMITS]
     short = any(isinstance(limit, int) and limit - position_offset(model) < LENGTH for limit in limits)
-    if short or any(parameter.device.type == "meta" for parameter in model.parameters()):
+    quantised = getattr(model, "hf_quantizer", None) is not None
+    if short or quantised or any(parameter.device.type == "meta" for parameter in model.parameters()):
         model.config.padding_mask = getattr(model.config, "padding_mask", None)
         return
     form = "2d"

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .backbone_parts import embedding_count, transformer_blocks
-from .backbones import check_token_id
 from .configuration_dsc import DSCConfig
 from .fingerprint import differs_from_files, refuse_other_backbone
+from .tokens import check_token_id
 
 logger = logging.get_logger(__name__)
 
