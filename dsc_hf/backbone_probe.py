@@ -236,8 +236,8 @@ def probe_behaviour(model: PreTrainedModel, tensors: int = 0) -> BackboneProbe:
 
 def probe_stock(model: PreTrainedModel) -> None:
     """Check that a stock model in eval mode sees both sides of a mask, and set the padding mask that it obeys as
-    `config.padding_mask`. Models on the meta device, those of too short texts and quantised ones (whose rounding depends
-    on the batch) are not run.
+    `config.padding_mask`. Models on the meta device, those of too short texts and quantised ones (whose rounding
+    depends on the batch) are not run.
 
     Raises:
         `ValueError`: it is causal, or obeys no mask for its `attention_block_length`.
