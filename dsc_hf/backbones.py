@@ -28,6 +28,8 @@ from .families import FAMILIES, Family, find_family
 from .hub_errors import readable_errors
 from .remote_backbones import load_remote_backbone
 
+BUFFERS = ("inv_freq", "masked_bias", "position_ids")
+"""Ends of names that older versions of transformers saved and newer ones compute."""
 LOCATION_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -129,11 +131,11 @@ def load_backbone(
         )
     refuse_incomplete(name, info)
     if family is not None:
-        _refuse_unknown(name, family, info)
+        refuse_unknown(name, info)
         if family.key_mapping is not None:  # else saving would write upstream names under a stock config
             model._weight_conversions = []
         return freeze(model)
-    _refuse_more_blocks(name, model, info)
+    refuse_unknown(name, info, block_prefixes(model))
     probe_stock(freeze(model))
     return model
 
@@ -196,13 +198,12 @@ def _stock_config(name: str, raw: dict[str, Any], kwargs: dict[str, Any]) -> Pre
     return AutoConfig.from_pretrained(name, **{k: kwargs[k] for k in LOCATION_ARGUMENTS if k in kwargs})
 
 
-def refuse_incomplete(name: str, loading_info: dict[str, Any], ignore: tuple[str, ...] = ()) -> None:
+def refuse_incomplete(name: str, loading_info: dict[str, Any]) -> None:
     """Raise a `ValueError` if `from_pretrained` reported weights that are missing or have another shape."""
     mismatched = sorted(loading_info.get("mismatched_keys", ()), key=str)
     misfit = [k if isinstance(k, str) else f"{k[0]} is {tuple(k[1])}, not {tuple(k[2])}" for k in mismatched]
     found = {k if isinstance(k, str) else k[0] for k in mismatched}
-    missing = sorted(k for k in loading_info.get("missing_keys", ()) if not (ignore and k.startswith(ignore)))
-    missing = [k for k in missing if k not in found]
+    missing = sorted(k for k in loading_info.get("missing_keys", ()) if k not in found)
     if missing or misfit:
         raise ValueError(
             f"The checkpoint {name!r} does not hold the weights that its config.json describes: missing "
@@ -211,31 +212,29 @@ def refuse_incomplete(name: str, loading_info: dict[str, Any], ignore: tuple[str
         )
 
 
-def _refuse_unknown(name: str, family: Family, loading_info: dict[str, Any]) -> None:
-    """Raise a `ValueError` for weights that the stock class has no place for: upstream would have used them."""
-    unknown = sorted(k for k in loading_info.get("unexpected_keys", ()) if not k.endswith("rotary_emb.inv_freq"))
+def refuse_unknown(name: str, loading_info: dict[str, Any], prefixes: tuple[str, ...] = ("",)) -> None:
+    """Raise a `ValueError` for weights that the model has no place for: another one was trained and saved.
+
+    Args:
+        name (`str`): the checkpoint.
+        loading_info (`dict`): as of `from_pretrained`.
+        prefixes (`tuple[str, ...]`): look at weights whose names begin so; by default at all.
+    """
+    unexpected = loading_info.get("unexpected_keys", ())
+    unknown = sorted(k for k in unexpected if k.startswith(prefixes) and not k.endswith(BUFFERS))
     if unknown:
         raise ValueError(
-            f"The {family.name} checkpoint {name!r} holds weights that its config.json does not speak of: "
-            f"{unknown[:5]} ({len(unknown)}). Without them it would give wrong logits; it is another model."
+            f"The checkpoint {name!r} holds weights that its config.json does not speak of: {unknown[:5]} "
+            f"({len(unknown)}). Without them it would compute something else: another model was saved."
         )
 
 
-def _refuse_more_blocks(name: str, model: PreTrainedModel, loading_info: dict[str, Any]) -> None:
-    """Raise a `ValueError` for weights of blocks, or parts of them, that a stock class has no place for. (Poolers and
-    heads of pretraining are left out as ever.)"""
+def block_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
+    """How the names of weights in the blocks begin, with and without the prefix of the class. (Other unknown weights,
+    of poolers and pretraining heads, are usual in stock checkpoints.)"""
     blocks = transformer_blocks(model)
     prefix = f"{next(path for path, module in model.named_modules() if module is blocks)}."
-    prefixes = (prefix, prefix.removeprefix(f"{model.base_model_prefix}."))
-    buffers = ("inv_freq", "masked_bias", "position_ids")
-    unexpected = loading_info.get("unexpected_keys", ())
-    unknown = sorted(k for k in unexpected if k.startswith(prefixes) and not k.endswith(buffers))
-    if unknown:
-        raise ValueError(
-            f"The checkpoint {name!r} holds weights of {prefix[:-1]} that its config.json does not speak of: "
-            f"{unknown[:5]} ({len(unknown)}; it says {len(blocks)} layers). Without them it would give wrong logits; "
-            "it is another model."
-        )
+    return prefix, prefix.removeprefix(f"{model.base_model_prefix}.")
 
 
 def without_peft_wrapper(model: Any) -> Any:

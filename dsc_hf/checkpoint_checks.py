@@ -23,16 +23,6 @@ def refuse_incomplete_config(name: str, config: DSCConfig) -> None:
         raise ValueError(f"The config of {name!r} lacks `{missing[0]}`: it is no checkpoint of dsc_hf; save it again.")
 
 
-def refuse_unknown(name: str, loading_info: dict[str, Any]) -> None:
-    """Raise a `ValueError` for weights that the model has no place for: it was another one that was saved."""
-    unknown = sorted(k for k in loading_info.get("unexpected_keys", ()) if not k.endswith("rotary_emb.inv_freq"))
-    if unknown:
-        raise ValueError(
-            f"The checkpoint {name!r} holds weights that its config.json does not speak of: {unknown[:5]} "
-            f"({len(unknown)}). Without them it would compute something else; fetch or save it again."
-        )
-
-
 def load_config(name: str, where: dict[str, Any]) -> DSCConfig:
     try:
         return DSCConfig.from_pretrained(name, **where)
@@ -110,6 +100,5 @@ __all__ = [
     "refuse_changed_backbone",
     "refuse_incomplete_config",
     "refuse_misfit",
-    "refuse_unknown",
     "unless_changed",
 ]

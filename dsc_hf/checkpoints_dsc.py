@@ -29,6 +29,7 @@ from .backbones import (
     load_backbone,
     readable_errors,
     refuse_incomplete,
+    refuse_unknown,
     without_peft_wrapper,
 )
 from .card_push import CardPush, is_generated
@@ -38,7 +39,6 @@ from .checkpoint_checks import (
     refuse_changed_backbone,
     refuse_incomplete_config,
     refuse_misfit,
-    refuse_unknown,
 )
 from .configuration_dsc import DSCConfig
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
@@ -223,29 +224,25 @@ def _llada_moe_config(raw: RawConfig) -> Qwen3MoeConfig:
         "head_dim": raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
         "decoder_sparse_step": 1,
     }
-    return _same_names(Qwen3MoeConfig)({**raw, **changed})
+    return _same_names(Qwen3MoeConfig, {**raw, **changed})
 
 
-def _same_names(stock: type[PreTrainedConfig]) -> Callable[[RawConfig], PreTrainedConfig]:
+def _same_names(stock: type[PreTrainedConfig], raw: RawConfig) -> PreTrainedConfig:
     """For families that kept the field names of the class they were converted from."""
-
-    def build(raw: RawConfig) -> PreTrainedConfig:
-        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        _require(raw, ("vocab_size", *sizes, "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"))
-        _refuse(raw, stock.__name__.removesuffix("Config"), {"use_sliding_window": (False,), "use_mrope": (False,)})
-        if set(raw.get("layer_types") or ()) - {"full_attention"}:
-            raise ValueError(
-                f"config.json says `layer_types={raw['layer_types']}`; a diffusion LM needs full attention in every "
-                "layer, the model would give wrong logits."
-            )
-        skip = {"rope_parameters", "sliding_window", "max_window_layers", "torch_dtype", "dtype"}
-        fields = {name: raw[name] for name in stock.__dataclass_fields__ if raw.get(name) is not None}
-        fields = {name: value for name, value in fields.items() if name not in skip | set(_NOT_OF_THE_MODEL)}
-        if raw.get("head_dim") is not None:
-            fields["head_dim"] = raw["head_dim"]
-        return stock(**{**fields, **_special_tokens(raw)}, rope_parameters=_rope_parameters(raw))
-
-    return build
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    _require(raw, ("vocab_size", *sizes, "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"))
+    _refuse(raw, stock.__name__.removesuffix("Config"), {"use_sliding_window": (False,), "use_mrope": (False,)})
+    if set(raw.get("layer_types") or ()) - {"full_attention"}:
+        raise ValueError(
+            f"config.json says `layer_types={raw['layer_types']}`; a diffusion LM needs full attention in every "
+            "layer, the model would give wrong logits."
+        )
+    skip = {"rope_parameters", "sliding_window", "max_window_layers", "torch_dtype", "dtype"}
+    fields = {name: raw[name] for name in stock.__dataclass_fields__ if raw.get(name) is not None}
+    fields = {name: value for name, value in fields.items() if name not in skip | set(_NOT_OF_THE_MODEL)}
+    if raw.get("head_dim") is not None:
+        fields["head_dim"] = raw["head_dim"]
+    return stock(**{**fields, **_special_tokens(raw)}, rope_parameters=_rope_parameters(raw))
 
 
 _NOT_OF_THE_MODEL = PreTrainedConfig.__dataclass_fields__
@@ -269,18 +266,29 @@ FAMILIES = (
     Family(
         "Dream",
         ("Dream", "dream"),
-        _same_names(Qwen2Config),
+        partial(_same_names, Qwen2Config),
         logits_shift=1,
         mask_token="<|mask|>",
         end_tokens=("<|im_end|>",),
     ),
-    Family("a2d Qwen2", ("a2d-qwen2",), _same_names(Qwen2Config), mask_token="<|mask|>", end_tokens=("<|im_end|>",)),
-    Family("a2d Qwen3", ("a2d-qwen3",), _same_names(Qwen3Config), mask_token="<|mask|>", end_tokens=("<|im_end|>",)),
-    Family("a2d Llama", ("a2d-llama",), _same_names(LlamaConfig), mask_token="<|mask|>", end_tokens=("<|eot_id|>",)),
+    *(
+        Family(
+            f"a2d {name}",
+            (f"a2d-{name.lower()}",),
+            partial(_same_names, stock),
+            mask_token="<|mask|>",
+            end_tokens=end,
+        )
+        for name, stock, end in (
+            ("Qwen2", Qwen2Config, ("<|im_end|>",)),
+            ("Qwen3", Qwen3Config, ("<|im_end|>",)),
+            ("Llama", LlamaConfig, ("<|eot_id|>",)),
+        )
+    ),
     Family(
         "SDAR",
         ("sdar",),
-        _same_names(Qwen3Config),
+        partial(_same_names, Qwen3Config),
         block_length_fields=("block_size", "block_length"),
         block_length=4,
         mask_token="<|MASK|>",
@@ -289,7 +297,7 @@ FAMILIES = (
     Family(
         "Fast-dLLM v2",
         ("Fast_dLLM_Qwen",),
-        _same_names(Qwen2Config),
+        partial(_same_names, Qwen2Config),
         logits_shift=1,
         block_length_fields=("bd_size",),
         block_length=32,

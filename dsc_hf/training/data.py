@@ -110,6 +110,7 @@ def tokenize_prompts_and_responses(
             raise ValueError(f"`{argument}={column!r}` is not a column of the dataset; it has {dataset.column_names}.")
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
+        """One row's ids, and whether it is empty, too long or fine."""
         prompt, response = row[prompt_column] or "", row[response_column] or ""
         if apply_chat_template:
             messages = [{"role": "user", "content": prompt}]
