@@ -44,30 +44,30 @@ def solved(monkeypatch):
 def test_what_was_solved_is_not_solved_again(tmp_path, solved):
     settings = {"tokens_per_step": 2, "remasking_score": "none"}
     for _ in range(2):
-        record = Runner(RequestLog(tmp_path)).run("dsc", settings, "test", 1, 9)
+        record = Runner(tmp_path).run("dsc", settings, "test", 1, 9)
     assert len(solved) == 1 and solved_bits(record, "right").tolist() == [i % 2 == 0 for i in range(9)]
-    Runner(RequestLog(tmp_path)).run("dsc", settings, "test", 2, 9)
+    Runner(tmp_path).run("dsc", settings, "test", 2, 9)
     assert len(solved) == 2
 
 
 def test_a_torn_line_is_passed_over(tmp_path, solved):
-    path = tmp_path / "requests-rank0.jsonl"
+    path = tmp_path / "journal-rank0.jsonl"
     settings = {"tokens_per_step": 2, "remasking_score": "none"}
-    Runner(RequestLog(tmp_path)).run("dsc", settings, "test", 1, 9)
+    Runner(tmp_path).run("dsc", settings, "test", 1, 9)
     path.write_text(path.read_text() + '{"job": {"mo')
-    runner = Runner(RequestLog(tmp_path))
+    runner = Runner(tmp_path)
     runner.run("dsc", settings, "test", 1, 9)
     runner.run("dsc", settings, "test", 3, 9)
-    assert len(solved) == 2 and len(RequestLog(tmp_path).records) == 2
+    assert len(solved) == 2 and len(RequestLog(tmp_path, name="journal").records) == 2
 
 
 def test_the_best_setting_within_each_budget_is_chosen(tmp_path, solved):
-    chosen = choose(Runner(RequestLog(tmp_path)), CHEAP, 12, 100, budgets=(5, 10, 30, 60))
+    chosen = choose(Runner(tmp_path), CHEAP, 12, 100, budgets=(5, 10, 30, 60))
     assert {budget: s["tokens_per_step"] for budget, s in chosen.items()} == {10: 6, 30: 2}
 
 
 def test_seeds_are_pooled_and_differences_paired(tmp_path, solved):
-    runner = Runner(RequestLog(tmp_path))
+    runner = Runner(tmp_path)
     rows = []
     for settings in CHEAP.settings():
         records = [runner.run("dsc", settings, "test", seed, 12) for seed in (1, 2)]
@@ -81,7 +81,7 @@ def test_seeds_are_pooled_and_differences_paired(tmp_path, solved):
 
 def test_rows_of_one_length_count_only_those_problems(tmp_path, solved):
     settings = {"tokens_per_step": 2, "remasking_score": "none"}
-    record = Runner(RequestLog(tmp_path)).run("dsc", settings, "test", 1, 40)
+    record = Runner(tmp_path).run("dsc", settings, "test", 1, 40)
     row = paper_tables.with_operations(summarise(CHEAP, 2, settings, [record]), 3)
     lengths = [len(problem.operations) for problem in draw_problems(40, 1, "test")]
     expected = [i % 2 == 0 for i, length in enumerate(lengths) if length == 3]
@@ -93,7 +93,7 @@ def test_the_comparison_is_printed_written_and_drawn(tmp_path, capsys):
     quick = {name: System(s.name, s.label, s.model, s.arguments, s.speeds[-1:], {}) for name, s in SYSTEMS.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "SYSTEMS", quick)
-        comparison.compare_all(Runner(RequestLog(tmp_path)), args)
+        comparison.compare_all(Runner(tmp_path), args)
     written = json.loads((tmp_path / "comparison.json").read_text())
     assert {row["method"] for row in written["rows"]} == set(written["aup"]) == {"plain", "visible"}
     assert all(row["compute"] > 0 and row["problems"] == 2 for row in written["rows"])
@@ -104,13 +104,13 @@ def test_the_comparison_is_printed_written_and_drawn(tmp_path, capsys):
 
 def test_an_unknown_system_is_named(tmp_path):
     with pytest.raises(ValueError, match="`systems`: 'magic' is none of"):
-        comparison.compare_all(Runner(RequestLog(tmp_path)), Namespace(systems=["magic"]))
+        comparison.compare_all(Runner(tmp_path), Namespace(systems=["magic"]))
 
 
 def test_a_model_that_was_not_trained_is_named_before_anything_runs(tmp_path, solved, monkeypatch):
     monkeypatch.setitem(comparison.MODELS, "prism", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="model 'prism' is not in .*train_rivals.py --only prism"):
-        comparison.compare_all(Runner(RequestLog(tmp_path)), Namespace(systems=["plain", "prism"]))
+        comparison.compare_all(Runner(tmp_path), Namespace(systems=["plain", "prism"]))
     assert not solved
 
 
