@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from report import differences, markdown, save, setup, short, solved_bits
 from solve import Solved, faster_dtype, generate_batch, solve
 from systems import MODELS, SYSTEMS, System
 from transformers import AutoModel, AutoTokenizer
@@ -27,7 +28,7 @@ from transformers.utils import logging
 from word_problems import draw_problems
 
 import dsc_hf  # noqa: F401  (registers the Auto classes)
-from dsc_hf.evaluation.curves import comparison, plot_curves
+from dsc_hf.evaluation.curves import plot_curves
 from dsc_hf.evaluation.request_log import RequestLog, key_of
 
 BUDGETS = (10, 15, 20, 50)
@@ -108,7 +109,7 @@ class Runner:
         """Run jobs, each process its share, under a progress bar; afterwards all processes know all results."""
         own = jobs[self.processes.process_index :: self.processes.num_processes]
         for job in (bar := logging.tqdm(own, desc=what, disable=not self.processes.is_main_process)):
-            bar.set_postfix_str(f"{job[0]}, {_short(job[1])}, {job[2]} seed {job[3]}")
+            bar.set_postfix_str(f"{job[0]}, {short(job[1])}, {job[2]} seed {job[3]}")
             self.run(*job)
         self.processes.wait_for_everyone()
         self.journal = self._open()
@@ -120,12 +121,6 @@ def _record(solved: Solved) -> dict[str, Any]:
     summary = solved.summary()
     del summary["problems"]
     return {**summary, **bits}
-
-
-def solved_bits(record: dict[str, Any], name: str) -> np.ndarray:
-    """`right` or `valid` of each problem of a record, `(problems,)` of bool."""
-    packed = np.frombuffer(bytes.fromhex(record[name]), dtype=np.uint8)
-    return np.unpackbits(packed, count=record["job"]["problems"]).astype(bool)
 
 
 def choose(
@@ -226,17 +221,6 @@ def summarise(system: System, budget: float, settings: Settings, records: list[d
     }
 
 
-def paired_difference(a: dict[str, Any], b: dict[str, Any], name: str = "right") -> tuple[float, float]:
-    """Mean difference of two rows on the same problems and its standard error, in points."""
-    difference = np.concatenate(
-        [
-            solved_bits(x, name).astype(float) - solved_bits(y, name)
-            for x, y in zip(a["records"], b["records"], strict=True)
-        ]
-    )
-    return 100 * float(difference.mean()), 100 * float(difference.std() / len(difference) ** 0.5)
-
-
 def compare_all(runner: Runner, args: Namespace) -> None:
     """Measure every system (or `args.systems`), print the table, write `comparison.json` and the plots."""
     unknown = sorted(set(args.systems or ()) - set(SYSTEMS))
@@ -251,42 +235,11 @@ def compare_all(runner: Runner, args: Namespace) -> None:
     costs = measure_costs(runner, [SYSTEMS["plain"], *(s for s in systems if s.name != "plain")])
     for row in rows:
         row["compute"] = round(row["forward_passes"] * costs[row["method"]], 3)
-    print_rows(rows, "All systems on the demo model", args)
-    save(rows, args.output_dir / "comparison.json")
+    aups = save(rows, args.output_dir / "comparison.json")
+    text = markdown(rows, "All systems on the demo model", args, aups) + differences(rows, "dsc")
+    print(text)
+    (args.output_dir / "comparison.md").write_text(text)
     labels = {system.name: system.label for system in systems}
     for x in ("forward_passes", "compute"):
-        plot_curves(rows, args.output_dir / f"comparison_{x}", x=x, title=_setup(args), labels=labels)
-    print(f"Wrote comparison.json and comparison_{{forward_passes,compute}}.{{png,svg}} in {args.output_dir}.")
-
-
-def _setup(args: Namespace) -> str:
-    return f"{args.problems} held-back problems for each of {len(args.seeds)} seeds; bars: standard error"
-
-
-def print_rows(rows: list[dict[str, Any]], title: str, args: Namespace) -> None:
-    """A Markdown table."""
-    print(f"\n{title} ({_setup(args).partition(';')[0]}; ± one standard error)\n")
-    print("| system | settings | accuracy (%) | whole reasoning (%) | passes | compute | remasks |")
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        compute = f"{row['compute']:.1f}" if "compute" in row else ""
-        print(
-            f"| {row['label']} | {_short(row['settings'])} | {100 * row['accuracy']:.1f} ± "
-            f"{100 * row['standard_error']:.1f} | {100 * row['reasoning_accuracy']:.1f} | {row['forward_passes']:.1f} "
-            f"| {compute} | {row['remasks']:.1f} |"
-        )
-
-
-def _short(settings: Settings) -> str:
-    """The arguments that differ between the settings of one system."""
-    names = {"tokens_per_step": "k", "confidence_threshold": "confidence", "entropy_bound": "nats"}
-    names |= {"remask_threshold": "τ", "remask_budget": "budget", "remdm_eta": "η"}
-    names |= {"corrector_stride": "N", "corrector_steps": "S"}
-    return ", ".join(f"{short} {settings[name]}" for name, short in names.items() if name in settings)
-
-
-def save(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write rows (without the records of the journal) as a checked `comparison.json`."""
-    kept = [{k: v for k, v in row.items() if k not in ("records", "label")} for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    comparison([{"compute": row["forward_passes"], **row} for row in kept], path=path)
+        plot_curves(rows, args.output_dir / f"comparison_{x}", x=x, title=setup(args), labels=labels)
+    print(f"Wrote comparison.{{json,md}} and comparison_{{forward_passes,compute}}.{{png,svg}} in {args.output_dir}.")

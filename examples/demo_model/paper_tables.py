@@ -14,7 +14,8 @@ from argparse import Namespace
 from typing import Any
 
 import numpy as np
-from comparison import VALIDATION_SEED, Runner, Settings, choose, measure_chosen, print_rows, save, solved_bits
+from comparison import VALIDATION_SEED, Runner, Settings, choose, measure_chosen
+from report import markdown, save, solved_bits
 from systems import ANYWHERE, SYSTEMS, System
 from word_problems import draw_problems
 
@@ -126,11 +127,13 @@ def with_operations(row: dict[str, Any], operations: int) -> dict[str, Any]:
 
 
 def table(number: int, runner: Runner, args: Namespace) -> None:
-    """Measure and print one table; `table_<number>.json` beside the journal."""
+    """Measure and print one table; `table_<number>.{md,json}` beside the journal."""
     rows = rows_of(number, runner, args)
     if not runner.processes.is_main_process:
         return
-    print_rows(rows, f"Table {number}. {TABLES[number]}", args)
+    text = markdown(rows, f"Table {number}. {TABLES[number]}", args)
+    print(text)
+    (args.output_dir / f"table_{number}.md").write_text(text)
     save(rows, args.output_dir / f"table_{number}.json")
 
 
@@ -142,6 +145,7 @@ def figure(number: int, runner: Runner, args: Namespace) -> None:
     if not runner.processes.is_main_process:
         return
     labels = {row["method"]: row["label"] for row in rows}
+    rows = [row | {"tokens_per_step": row["settings"]["tokens_per_step"]} for row in rows]
     x = "tokens_per_step" if number == 1 else "forward_passes"
     files = plot_curves(rows, args.output_dir / f"figure_{number}", x=x, title=FIGURES[number], labels=labels)
     print(f"Figure {number}. {FIGURES[number]}: {' and '.join(map(str, files))}")
