@@ -35,6 +35,16 @@ RIVALS: dict[str, tuple[str, list[str]]] = {
 """Script and options of each."""
 
 
+def note(checkpoint: Path, target: Path, seconds: int) -> None:
+    """Write what training took and came to, `training.json`: steps, seconds (of the last run, if it was resumed) and
+    how well the head detects wrong tokens at the end."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    entries = [entry for entry in state["log_history"] if "eval_auroc" in entry]
+    detection = {name.removeprefix("eval_"): value for name, value in entries[-1].items() if name.startswith("eval_")}
+    record = {"steps": state["global_step"], "seconds": seconds, "detection": detection}
+    (target / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=RIVALS, default=list(RIVALS))
@@ -67,7 +77,9 @@ def main() -> None:
             generation=json.dumps({k: v for k, v in GENERATION.items() if k != "remasking_score"}),
             seed=args.seed,
         )
-        lay_out(output_dir, args.model_cards / "word-problems-rivals" / name)
+        target = args.model_cards / "word-problems-rivals" / name
+        lay_out(output_dir, target)
+        note(output_dir / f"checkpoint-{args.steps}", target, seconds[f"Training {name}"])
     print("\n" + "\n".join(f"{name:<24} {value:>6} s" for name, value in seconds.items()))
 
 
