@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,24 @@ from ..prediction import judge, predict
 from ..remasking import ThresholdSelection
 from ..unmasking import FixedUnmasking
 from .states import left_pad
+
+Judge = Callable[[Sequence[int], Sequence[int]], Sequence[bool]]
+"""Says which tokens of a response state are wrong: prompt ids and state ids to `(response length,)` of bool."""
+
+
+def verdict(judge: Judge, state: Mapping[str, Any]) -> np.ndarray:
+    """What a judge says of a state from [`~dsc_hf.evaluation.collect_states`], `(response length,)` of bool.
+
+    Raises:
+        `ValueError`: it says something of another length.
+    """
+    wrong = np.asarray(judge(state["prompt_ids"], state["state_ids"]), dtype=bool)
+    if wrong.shape != (len(state["state_ids"]),):
+        raise ValueError(
+            f"`judge` returned a shape of {wrong.shape} for a response of {len(state['state_ids'])} tokens; it must "
+            "say of each whether it is wrong."
+        )
+    return wrong
 
 
 def detection_quality(scores: np.ndarray, wrong: np.ndarray, threshold: float = 0.5) -> dict[str, float]:
@@ -173,4 +192,4 @@ def _canvas(model, batch: dict[str, list], with_written: bool) -> Canvas:
     return canvas
 
 
-__all__ = ["best_threshold", "calibration_error", "detection_quality", "resampled", "score_states"]
+__all__ = ["Judge", "best_threshold", "calibration_error", "detection_quality", "resampled", "score_states", "verdict"]
