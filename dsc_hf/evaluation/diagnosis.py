@@ -268,7 +268,7 @@ def _recommend(diagnosis: Diagnosis, scores: dict[str, np.ndarray], wrong, setti
         kept = {name: value for name, value in settings.items() if name not in {*REMASKING, "remask_scope"}}
         diagnosis.settings = {**kept, "remasking_score": "none"}
         return
-    best = max(able, key=lambda row: row.average_precision / (row.cost or 1))
+    best = max(able, key=lambda row: row.average_precision / max(1, row.cost or 1))  # less is noise
     threshold = best_threshold(scores[best.score], wrong)
     above = scores[best.score] > threshold
     diagnosis.score, diagnosis.threshold = best.score, threshold
