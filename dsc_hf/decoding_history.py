@@ -19,6 +19,8 @@ class DecodingStep:
         remasked (`torch.BoolTensor`): positions that were taken back.
         scored (`torch.BoolTensor`): positions that were judged.
         edited (`torch.BoolTensor`): positions that were overwritten by another token, without having been a mask.
+        written (`torch.FloatTensor`): the probability of each token when it was written; meaningless at masks, 1 where
+            nothing was.
         active (`torch.BoolTensor`): rows that took part.
     """
 
@@ -27,24 +29,27 @@ class DecodingStep:
     remasked: torch.Tensor
     scored: torch.Tensor
     edited: torch.Tensor
+    written: torch.Tensor
     active: torch.Tensor
 
 
 def record(history: list, canvas: Canvas, unmasked, remasked, scored, edited) -> None:
     """Append a step to the history, in the order of the caller's rows."""
     batch = history[0].active.shape[0] if history else len(canvas.rows)
-    previous = history[-1].sequences if history else torch.zeros(batch, canvas.ids.shape[1], dtype=torch.long)
+    shape = (batch, canvas.ids.shape[1])
+    previous = history[-1].sequences if history else torch.zeros(shape, dtype=torch.long)
+    written = history[-1].written if history else torch.ones(shape)
 
     def place(values: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         base = base.clone()
         base[canvas.rows] = values.cpu()
         return base
 
-    nothing = torch.zeros(batch, canvas.ids.shape[1], dtype=torch.bool)
+    nothing = torch.zeros(shape, dtype=torch.bool)
     active = torch.zeros(batch, dtype=torch.bool)
     active[canvas.rows] = True
     positions = (place(values, nothing) for values in (unmasked, remasked, scored, edited))
-    history.append(DecodingStep(place(canvas.ids, previous), *positions, active))
+    history.append(DecodingStep(place(canvas.ids, previous), *positions, place(canvas.written, written), active))
 
 
 __all__ = ["DecodingStep"]

@@ -39,6 +39,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedT
 
 from dsc_hf import DSCForMaskedDiffusion
 from dsc_hf.evaluation import detection_quality
+from dsc_hf.evaluation.detection import resampled
 from dsc_hf.remasking import SCORES as ALL_SCORES
 from dsc_hf.remasking import Reading
 from dsc_hf.training import CorrectionHeadConfig, CorrectionHeadTrainer, leave_one_out_probabilities
@@ -255,10 +256,8 @@ def replay(model, batches: list[dict], speeds: list[int]) -> dict[str, np.ndarra
 
 def detection_table(found: dict[str, np.ndarray], resamples: int, seed: int) -> list[dict]:
     """How well every score finds wrong residues, and the head's lead; errors by a bootstrap over rows."""
-    rng, wrong = np.random.default_rng(seed), found["wrong"]
-    rows = [np.flatnonzero(found["row"] == row) for row in np.unique(found["row"])]
-    draws = [np.arange(len(wrong))]  # the value itself comes first
-    draws += [np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))]) for _ in range(resamples)]
+    wrong = found["wrong"]
+    draws = [np.arange(len(wrong)), *resampled(found["row"], resamples, seed)]  # the value itself comes first
     drawn = {n: [detection_quality(found[n][d], wrong[d]) for d in draws] for n in found if n not in ("wrong", "row")}
     table: list[dict[str, Any]] = [{"score": name} for name in drawn]
     for metric in ("auroc", "average_precision"):

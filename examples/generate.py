@@ -13,14 +13,13 @@ Any argument of generate() that is not named below may be given as --name value.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
 from transformers import AutoModel, AutoTokenizer, TextDiffusionStreamer
 
-import dsc_hf  # noqa: F401  (registers the Auto classes)
+from dsc_hf.command_line import generate_arguments  # dsc_hf registers the Auto classes
 
 DEMO = Path(__file__).resolve().parent.parent / "model_cards" / "word-problems-dsc"
 
@@ -39,19 +38,6 @@ class DraftStreamer(TextDiffusionStreamer):
         print(f"\0337\033[33m{' '.join(t for t in tokens if t)}\033[0m", end="", flush=True)
         self._has_draft = True
         time.sleep(self.sleep_time)
-
-
-def parse_extra(extra: list[str], parser: argparse.ArgumentParser) -> dict:
-    """`--name value` pairs as arguments of generate()."""
-    if len(extra) % 2 or any(not name.startswith("--") for name in extra[::2]):
-        parser.error(f"arguments of generate() come as --name value, got {' '.join(extra)}")
-    arguments = {}
-    for name, value in zip(extra[::2], extra[1::2], strict=True):
-        try:
-            arguments[name[2:]] = json.loads(value.lower() if value in ("True", "False") else value)
-        except json.JSONDecodeError:
-            arguments[name[2:]] = None if value == "None" else value
-    return arguments
 
 
 def main() -> None:
@@ -79,7 +65,7 @@ def main() -> None:
             tokenizer=tokenizer,
             return_dict_in_generate=True,
             output_error_probabilities=True,
-            **parse_extra(extra, parser),
+            **generate_arguments(extra, parser),
         )
     except ValueError as error:
         parser.error(str(error))

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import MASK, prompt_ids
+from conftest import MASK, TOKENS, make_model, prompt_ids
+from datasets import Dataset
 
 from dsc_hf.evaluation import collect_states, detection_quality, score_states
+from dsc_hf.evaluation.detection import best_threshold, resampled
+from dsc_hf.training import leave_one_out_probabilities
 
 SETTINGS = [{"max_new_tokens": 8, "block_length": 4, "tokens_per_step": 2}]
 
@@ -61,12 +64,90 @@ def test_scores_of_states_equal_those_of_the_model(model):
         output = model(ids)
         error = torch.sigmoid(-output.error_logits)[0, -8:]
         logits = output.logits
-        logits[..., MASK] = -torch.inf
+        logits[..., MASK] = logits[..., TOKENS:] = -torch.inf  # what no decode writes
         visible = 1 - logits.softmax(-1).gather(-1, ids[..., None])[0, -8:, 0]
         hidden = torch.tensor(state["state_ids"]) == MASK
         for name, expected in (("head", error), ("visible", visible)):
             assert np.isnan(scores[name][i]).tolist() == hidden.tolist()
             np.testing.assert_allclose(scores[name][i][~hidden], expected.detach()[~hidden], atol=1e-5)
+
+
+def test_probabilities_when_written_are_those_of_the_step_that_wrote(model):
+    prompts = [row.tolist() for row in prompt_ids(5, 2)]
+    states = collect_states(model, prompts, SETTINGS, states_per_prompt=9, progress=False)
+    before: dict[int, list[int]] = {}
+    for state in states:
+        previous = before.get(state["prompt_index"], [MASK] * 8)
+        logits = model(torch.tensor([state["prompt_ids"] + previous])).logits[0, -8:]
+        logits[:, MASK] = logits[:, TOKENS:] = -torch.inf
+        now = torch.tensor(state["state_ids"])
+        new = (now != MASK) & (torch.tensor(previous) == MASK)
+        assert new.any()
+        expected = logits.softmax(-1).gather(-1, now[:, None])[:, 0]
+        np.testing.assert_allclose(np.array(state["written_probabilities"])[new], expected[new].detach(), atol=1e-5)
+        before[state["prompt_index"]] = state["state_ids"]
+    scores = score_states(model, states, ["written"], batch_size=3)["written"]
+    for state, score in zip(states, scores, strict=True):
+        seen = np.array(state["state_ids"]) != MASK
+        np.testing.assert_allclose(score[seen], 1 - np.array(state["written_probabilities"])[seen], atol=1e-6)
+        assert np.isnan(score[~seen]).all()
+
+
+@pytest.mark.parametrize("guidance_scale", [None, 2.0])
+def test_scores_of_states_are_those_by_which_a_decode_judges(guidance_scale):
+    """The first state is judged by the second step, which takes back the worst token."""
+    model = make_model()
+    common = {"max_new_tokens": 8, "block_length": 8, "tokens_per_step": 2, "guidance_scale": guidance_scale}
+    prompts = [row.tolist() for row in prompt_ids(5, 6)]
+    for name in ("head", "visible", "leave_one_out", "written"):
+        settings = {**common, "remasking_score": name, "remask_threshold": 0.0, "remask_top_k": 1}
+        output = model.generate(torch.tensor(prompts), output_history=True, return_dict_in_generate=True, **settings)
+        first, second = output.history[0], output.history[1]
+        states = [
+            {"prompt_ids": p, "state_ids": s[5:].tolist(), "written_probabilities": w[5:].tolist()}
+            for p, s, w in zip(prompts, first.sequences, first.written, strict=True)
+        ]
+        scores = score_states(model, Dataset.from_list(states), [name], 4, guidance_scale)[name]
+        for score, gone, judged in zip(scores, second.remasked[:, 5:], second.scored[:, 5:], strict=True):
+            assert int(gone.sum()) == 1 and gone[int(np.nanargmax(score))]
+            assert judged.tolist() == (~np.isnan(score)).tolist()
+
+
+def test_leave_one_out_of_states_equals_that_of_training(model):
+    prompts = [row.tolist() for row in prompt_ids(5, 2)] + [[4, 5]]
+    states = collect_states(model, prompts, SETTINGS, 2, progress=False)
+    model.config.token_count = None  # training bans the mask only
+    scores = score_states(model, states, ["visible", "leave_one_out"], batch_size=4)["leave_one_out"]
+    for state, score in zip(states, scores, strict=True):
+        ids = torch.tensor([state["prompt_ids"] + state["state_ids"]])
+        response = torch.arange(ids.shape[1])[None] >= len(state["prompt_ids"])
+        left_out = leave_one_out_probabilities(model, ids, response, torch.ones_like(ids))[0, -8:].numpy()
+        seen = np.array(state["state_ids"]) != MASK
+        np.testing.assert_allclose(score[seen], 1 - left_out[seen], atol=1e-5)
+
+
+def test_random_scores_come_from_the_seed(model):
+    states = collect_states(model, [row.tolist() for row in prompt_ids(5, 2)], SETTINGS, 2, progress=False)
+    first, again, other = (np.stack(score_states(model, states, ["random"], seed=s)["random"]) for s in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.nanmax(np.abs(first - other)) > 0.01
+
+
+def test_best_threshold_by_hand():
+    wrong = np.array([True, True, False, True, False, False])
+    scores = np.array([0.99, 0.98, 0.97, 0.6, 0.5, 0.1])
+    assert best_threshold(scores, wrong) == 0.55  # 3 of 4 are wrong and none is missed: F1 6/7
+    assert best_threshold(np.array([1.0, 0.99999, 0.0]), np.array([True, False, False])) == 0.999995
+    assert best_threshold(np.array([0.4, 0.4]), np.array([True, True])) == 0.2
+    assert best_threshold(np.zeros(3), np.array([True, False, False])) == 0.5
+
+
+def test_bootstrap_draws_whole_groups():
+    groups = np.array([3, 3, 3, 7, 9, 9])
+    for draw in resampled(groups, 20, seed=0):
+        counts = np.bincount(draw, minlength=6)
+        assert len({*counts[:3]}) == 1 and counts[4] == counts[5]
+        assert counts[0] + counts[3] + counts[4] == 3
 
 
 def test_empty_arguments_are_named(model):

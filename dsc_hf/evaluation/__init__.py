@@ -1,9 +1,10 @@
-"""Measuring: detection quality of scores on the states that decoding visits, calibration, and the comparison of
-systems by accuracy against passes. The lm-eval model is in `lm_eval_model`, which is not imported here."""
+"""Measuring: detection quality of scores on the states that decoding visits, the diagnosis of a model, calibration,
+and the comparison of systems by accuracy against passes. The lm-eval model, `lm_eval_model`, is not imported here."""
 
 from .calibration import Calibration, calibrate
 from .curves import aup, aup_by_method, comparison, plot_curves
 from .detection import detection_quality, score_states
+from .diagnosis import diagnose
 from .states import collect_states
 from .systems import SYSTEMS
 
@@ -16,6 +17,7 @@ __all__ = [
     "collect_states",
     "comparison",
     "detection_quality",
+    "diagnose",
     "plot_curves",
     "score_states",
 ]

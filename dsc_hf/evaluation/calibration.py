@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
 from ..generation_config_dsc import DSCGenerationConfig
-from .files import written_aside
+from .files import write_generation_config
 from .request_log import RequestLog
-from .trials import Check, Row, Trial
+from .trials import Check, Row, Trial, check_prompts
 
 logger = logging.get_logger(__name__)
 
@@ -139,7 +136,7 @@ def calibrate(
     elif chosen["fire_rate"] is None:
         raise ValueError("`fire_rate`: no step judges a token; blocks are filled too fast for `remask_stride`.")
     if save_directory is not None:
-        _save(model, chosen["settings"], Path(save_directory))
+        write_generation_config(model, chosen["settings"], save_directory)
     return Calibration(chosen["settings"], chosen, list(trial.rows.values()))
 
 
@@ -214,10 +211,7 @@ def _check_grid(grid: Mapping[str, Sequence[Any]], base: DSCGenerationConfig, fi
 
 
 def _check_aim(prompts, check, references, forward_passes, fire_rate, tokenizer) -> None:
-    if not len(prompts):
-        raise ValueError("`prompts` is empty; give at least one.")
-    if isinstance(prompts[0], str) != (tokenizer is not None):
-        raise ValueError("`prompts` must be texts with a `tokenizer`, or lists of token ids without one.")
+    check_prompts(prompts, references, tokenizer)
     if (forward_passes is None) == (fire_rate is None):
         raise ValueError("Give one aim: `forward_passes`, a budget, or `fire_rate`.")
     if fire_rate is not None and not 0 < fire_rate < 1:
@@ -228,19 +222,6 @@ def _check_aim(prompts, check, references, forward_passes, fire_rate, tokenizer)
         raise ValueError("Give `check` or `references`, not both.")
     if forward_passes is not None and check is None and references is None:
         raise ValueError("`forward_passes` asks for the best accuracy: give a `check` or `references`.")
-    if references is not None and len(references) != len(prompts):
-        raise ValueError(f"`references` has {len(references)} entries, `prompts` {len(prompts)}; give one for each.")
-
-
-def _save(model, settings: dict[str, Any], folder: Path) -> None:
-    config = copy.deepcopy(model.generation_config)
-    chosen = model._resolve_generation_config(None, dict(settings)).unmasking
-    config.update(**{**settings, "unmasking": chosen})  # beside the number of another rule, which may be stored
-    if config.do_sample is None:  # else `pipeline` samples at temperature 0.7
-        config.do_sample = False
-    with written_aside(folder / "generation_config.json") as aside, tempfile.TemporaryDirectory() as saved:
-        config.save_pretrained(saved)
-        aside.write_bytes((Path(saved) / "generation_config.json").read_bytes())
 
 
 __all__ = ["Calibration", "calibrate"]

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from sklearn.metrics import average_precision_score, roc_auc_score
+from transformers import LogitsProcessorList
 
-from ..remasking import Reading, head_score, visible_score
+from ..canvas import Canvas
+from ..canvas_reader import CanvasReader
+from ..decoding_options import DecodingOptions
+from ..prediction import judge, predict
+from ..remasking import ThresholdSelection
+from ..unmasking import FixedUnmasking
 from .states import left_pad
+
+Judge = Callable[[Sequence[int], Sequence[int]], Sequence[bool]]
+"""Says which tokens of a response state are wrong: prompt ids and state ids to `(response length,)` of bool."""
+
+
+def verdict(judge: Judge, state: Mapping[str, Any]) -> np.ndarray:
+    """What a judge says of a state from [`~dsc_hf.evaluation.collect_states`], `(response length,)` of bool.
+
+    Raises:
+        `ValueError`: it says something of another length.
+    """
+    wrong = np.asarray(judge(state["prompt_ids"], state["state_ids"]), dtype=bool)
+    if wrong.shape != (len(state["state_ids"]),):
+        raise ValueError(
+            f"`judge` returned a shape of {wrong.shape} for a response of {len(state['state_ids'])} tokens; it must "
+            "say of each whether it is wrong."
+        )
+    return wrong
 
 
 def detection_quality(scores: np.ndarray, wrong: np.ndarray, threshold: float = 0.5) -> dict[str, float]:
@@ -53,32 +78,118 @@ def calibration_error(scores: np.ndarray, wrong: np.ndarray, bins: int = 10) -> 
     return float(np.abs(gaps).sum() / len(wrong))
 
 
+def best_threshold(scores: np.ndarray, wrong: np.ndarray) -> float:
+    """The error probability above which tokens are called wrong with the best F1 (the harmonic mean of precision and
+    recall): the roundest number that divides the tokens so. 0.5 if all scores are 0.
+
+    Args:
+        scores (`np.ndarray`): `(N,)`, error probabilities.
+        wrong (`np.ndarray`): `(N,)` of bool.
+    """
+    order = np.argsort(-scores, kind="stable")
+    falling, found = np.append(scores[order].astype(float), 0.0).clip(min=0), np.cumsum(wrong[order])
+    ends = np.flatnonzero(falling[:-1] > falling[1:])  # the last token above each possible threshold
+    if not len(ends):
+        return 0.5
+    best = ends[np.argmax(2 * found[ends] / (ends + 1 + found[-1]))]
+    low, high = falling[best + 1], falling[best]
+    rounded = (round((low + high) / 2, digits) for digits in range(1, 17))
+    return float(next((threshold for threshold in rounded if low <= threshold < high), low))
+
+
+def resampled(groups: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Draws of a bootstrap over groups: indices `(N',)` of the tokens of as many groups as there are, drawn with
+    replacement.
+
+    Args:
+        groups (`np.ndarray`): `(N,)`, the group (the prompt, say) of each token.
+        resamples (`int`): how many draws.
+        seed (`int`): of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    for _ in range(resamples):
+        yield np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+
+
 @torch.no_grad()
-def score_states(model, states: Dataset, names: Sequence[str], batch_size: int = 64) -> dict[str, list[np.ndarray]]:
-    """Error probabilities of all tokens of decoding states.
+def score_states(
+    model,
+    states: Dataset,
+    names: Sequence[str],
+    batch_size: int = 64,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+) -> dict[str, list[np.ndarray]]:
+    """Error probabilities of all tokens of decoding states, as a decode without a cache reads and judges them.
 
     Args:
         model ([`DSCForMaskedDiffusion`]): the model.
-        states (`datasets.Dataset`): from [`collect_states`].
-        names (`list[str]`): scores: `head`, `visible`.
+        states (`datasets.Dataset`): from [`collect_states`]; `written_probabilities` is needed for `written` only.
+        names (`list[str]`): scores, any of [`~dsc_hf.remasking.SCORES`].
         batch_size (`int`): states read at once.
+        guidance_scale (`float`, *optional*): of classifier-free guidance.
+        seed (`int`): of the random score.
 
     Returns:
         `dict`: for each score a list of `(response length,)` arrays, one a state, NaN at masked positions.
+
+    Raises:
+        `ValueError`: `leave_one_out` is asked of a backbone that takes no masks of our own.
     """
-    functions = {"head": head_score, "visible": visible_score}
+    mask_id = model.config.mask_token_id
+    readings = [[name for name in names if (name == "leave_one_out") == alone] for alone in (False, True)]
+    reader = CanvasReader(model, guidance_scale=guidance_scale, leaves_out="leave_one_out" in names)
+    options = _judging_options(model, seed)
     results: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for start in range(0, len(states), batch_size):
         batch = states[start : start + batch_size]
-        rows = [p + s for p, s in zip(batch["prompt_ids"], batch["state_ids"], strict=True)]
-        ids, mask = (x.to(model.device) for x in left_pad(rows, model.config.pad_token_id or 0))
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits, hidden_states = model.read(ids, mask, positions)
-        error_logits = model.score(ids, logits, hidden_states, mask, positions) if "head" in names else None
-        logits[..., model.config.mask_token_id] = -torch.inf
-        probabilities = logits.float().softmax(-1).gather(-1, ids[..., None])[..., 0]
-        reading = Reading(error_logits, probabilities)
-        for name in names:
-            scores = functions[name](reading).masked_fill(ids == model.config.mask_token_id, torch.nan).cpu().numpy()
-            results[name] += [row[-len(state) :] for row, state in zip(scores, batch["state_ids"], strict=True)]
+        canvas = _canvas(model, batch, "written" in names)
+        judged = (canvas.blocks_cpu >= 0) & (canvas.ids != mask_id).cpu()
+        for together in filter(None, readings):  # one reading; another with shadow masks
+            options.score = together[0]
+            prediction = predict(reader, canvas, options, judged, judged, "head" in together)
+            for options.score in together:
+                scores = judge(prediction, canvas, options).float().cpu().masked_fill(~judged, torch.nan).numpy()
+                results[options.score] += [
+                    row[-len(state) :] for row, state in zip(scores, batch["state_ids"], strict=True)
+                ]
     return results
+
+
+def _judging_options(model, seed: int) -> DecodingOptions:
+    """Options of a decode that only judges."""
+    return DecodingOptions(
+        mask_token_id=model.config.mask_token_id,
+        token_count=model.config.token_count,
+        unmasking=FixedUnmasking(1),
+        score="visible",
+        selection=ThresholdSelection(threshold=1, top_k=0, buffer_size=0, max_per_position=0, max_per_block=0),
+        stride=1,
+        scope="block",
+        rescore=False,
+        verify_block=False,
+        sample=False,
+        logits_processor=LogitsProcessorList(),
+        generator=torch.Generator(model.device).manual_seed(seed),
+        history=None,
+    )
+
+
+def _canvas(model, batch: dict[str, list], with_written: bool) -> Canvas:
+    """The texts of some states, their responses as one block."""
+    rows = [prompt + state for prompt, state in zip(batch["prompt_ids"], batch["state_ids"], strict=True)]
+    ids, mask = left_pad(rows, model.config.pad_token_id or 0)
+    width = ids.shape[1]
+    lengths = torch.tensor([len(state) for state in batch["state_ids"]])
+    blocks = torch.where(torch.arange(width) >= width - lengths[:, None], 0, -1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    tensors = (x.to(model.device) for x in (ids, blocks, mask, positions))
+    canvas = Canvas(*tensors, mask_token_id=model.config.mask_token_id)
+    if with_written:
+        for i, written in enumerate(batch["written_probabilities"]):
+            canvas.written[i, width - len(written) :] = torch.tensor(written)
+    return canvas
+
+
+__all__ = ["Judge", "best_threshold", "calibration_error", "detection_quality", "resampled", "score_states", "verdict"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,4 +30,22 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-__all__ = ["write_json", "written_aside"]
+def write_generation_config(model, settings: Mapping[str, Any], folder: str | os.PathLike) -> None:
+    """Write a `generation_config.json` with some arguments of `generate()` over the model's own, whole or not at all.
+
+    Args:
+        model ([`DSCForMaskedDiffusion`]): left as it is.
+        settings (`dict`): the arguments.
+        folder (`str`): where.
+    """
+    config = copy.deepcopy(model.generation_config)
+    chosen = model._resolve_generation_config(None, dict(settings)).unmasking
+    config.update(**{**settings, "unmasking": chosen})  # beside the number of another rule, which may be stored
+    if config.do_sample is None:  # else `pipeline` samples at temperature 0.7
+        config.do_sample = False
+    with written_aside(Path(folder) / "generation_config.json") as aside, tempfile.TemporaryDirectory() as saved:
+        config.save_pretrained(saved)
+        aside.write_bytes((Path(saved) / "generation_config.json").read_bytes())
+
+
+__all__ = ["write_generation_config", "write_json", "written_aside"]

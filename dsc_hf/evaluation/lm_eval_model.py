@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from .. import DSCConfig, DSCForMaskedDiffusion, DSCGenerationConfig, __version__
 from ..checkpoints_dsc import BACKBONE_ARGUMENTS, LOCATION_ARGUMENTS
+from ..command_line import read_config
 from .accounts import COUNTS, as_table, counts_of, summarize
 from .lm_eval_parts import FromBackbone, Job, StopTexts, add_adapter, check_fit, system_settings, tokenizer_of
 from .request_log import RequestLog, key_of, weights_key
@@ -96,12 +97,7 @@ class DSCLM(HFLM):
         self.identity = None if resume_dir is None else [__version__, weights_key(self.model), str(self.model.dtype)]
 
     def _get_config(self, pretrained: str, *, revision: str = "main", subfolder: str = "", **kwargs: Any) -> None:
-        try:
-            raw, _ = PreTrainedConfig.get_config_dict(pretrained, revision=revision, subfolder=subfolder)
-        except OSError as error:
-            raise ValueError(f"`pretrained={pretrained!r}` has no readable config.json: {error}") from error
-        if not raw:
-            raise ValueError(f"`pretrained={pretrained!r}` has no config.json; name a checkpoint's folder or Hub id.")
+        raw = read_config(pretrained, "pretrained", revision=revision, subfolder=subfolder)
         if raw.get("model_type") == "dsc":
             self._config = DSCConfig.from_dict(raw)
         else:

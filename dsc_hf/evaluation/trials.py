@@ -16,6 +16,17 @@ Check = Callable[[Any, Any], bool]
 Row = dict[str, Any]
 
 
+def check_prompts(prompts, references, tokenizer) -> None:
+    """Refuse prompts that are none, or are neither texts with a tokenizer nor ids without, and references (or None)
+    that are more or fewer."""
+    if not len(prompts):
+        raise ValueError("`prompts` is empty; give at least one.")
+    if isinstance(prompts[0], str) != (tokenizer is not None):
+        raise ValueError("`prompts` must be texts with a `tokenizer`, or lists of token ids without one.")
+    if references is not None and len(references) != len(prompts):
+        raise ValueError(f"`references` has {len(references)} entries, `prompts` {len(prompts)}; give one for each.")
+
+
 class Trial:
     """Decodes all prompts with some settings and keeps a row of it; the same settings are decoded once."""
 
@@ -90,4 +101,4 @@ def _name_of(check: Check | None) -> Any:
     return [check.__module__, check.__qualname__, hashlib.sha256(" ".join(said).encode()).hexdigest()]
 
 
-__all__ = ["Check", "Row", "Trial"]
+__all__ = ["Check", "Row", "Trial", "check_prompts"]

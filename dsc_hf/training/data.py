@@ -93,9 +93,10 @@ class DataArguments:
 
 
 def read_dataset(
-    name: str, config: str | None = None, split: str = "train", streaming: bool = False
+    name: str, config: str | None = None, split: str = "train", streaming: bool = False, argument: str = "dataset"
 ) -> Dataset | IterableDataset:
-    """Read a JSON Lines file, or a split of a dataset on the Hub; open it only, if it is to be streamed.
+    """Read a JSON Lines file, or a split of a dataset on the Hub; open it only, if it is to be streamed. `argument` is
+    what errors call the name.
 
     Raises:
         `ValueError`: there is no such file or dataset.
@@ -105,7 +106,7 @@ def read_dataset(
     try:
         return load_dataset(name, config, split=split, streaming=streaming)
     except (OSError, ValueError) as error:
-        raise ValueError(f"`dataset={name!r}` is no file and could not be read from the Hub: {error}") from error
+        raise ValueError(f"`{argument}={name!r}` is no file and could not be read from the Hub: {error}") from error
 
 
 def tokenize_prompts_and_responses(
@@ -134,19 +135,12 @@ def tokenize_prompts_and_responses(
     Raises:
         `ValueError`: a column is missing, or no row is left.
     """
-    columns = _columns(dataset)
-    for argument, column in (("prompt_column", prompt_column), ("response_column", response_column)):
-        if column not in columns:
-            raise ValueError(f"`{argument}={column!r}` is not a column of the dataset; it has {columns}.")
+    check_columns(dataset, prompt_column=prompt_column, response_column=response_column)
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
         """One row's ids, and whether it is empty, too long or fine."""
-        prompt, response = row[prompt_column] or "", row[response_column] or ""
-        if apply_chat_template:
-            messages = [{"role": "user", "content": prompt}]
-            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        prompt_ids = tokenizer(prompt, add_special_tokens=not apply_chat_template).input_ids
-        response_ids = tokenizer(response, add_special_tokens=False).input_ids
+        prompt_ids = tokenize_prompt(tokenizer, row[prompt_column] or "", apply_chat_template)
+        response_ids = tokenizer(row[response_column] or "", add_special_tokens=False).input_ids
         longest = min(max_length - len(prompt_ids), response_length or max_length)
         state = "empty" if not response_ids or not prompt_ids else "long" if len(response_ids) >= longest else "ok"
         return {"prompt_ids": prompt_ids, "response_ids": response_ids, "_state": state}
@@ -167,6 +161,22 @@ def tokenize_prompts_and_responses(
             "Raise these limits or check the columns."
         )
     return kept
+
+
+def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, apply_chat_template: bool = False) -> list[int]:
+    """The ids of a prompt; of a user message with the tokenizer's chat template around it, if that is asked for."""
+    if apply_chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(prompt, add_special_tokens=not apply_chat_template).input_ids
+
+
+def check_columns(dataset: Dataset | IterableDataset, **columns: str) -> None:
+    """Raise a `ValueError` naming the argument, if a column that it names is not there."""
+    known = _columns(dataset)
+    for argument, column in columns.items():
+        if column not in known:
+            raise ValueError(f"`{argument}={column!r}` is not a column of the dataset; it has {known}.")
 
 
 @dataclass

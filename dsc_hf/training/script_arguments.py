@@ -17,6 +17,21 @@ from .lora import LoraArguments
 from .wrapped import Judge, WrappedTrainingArguments
 
 
+def load_judge(judge: str, tokenizer: PreTrainedTokenizerBase) -> Judge:
+    """Run the `FILE.py` of `FILE.py:NAME`, call its `NAME` with the tokenizer, return the judge.
+
+    Raises:
+        `ValueError`: there is no such file, or no such function in it.
+    """
+    path, _, name = judge.rpartition(":")
+    if not Path(path).is_file() or not name:
+        raise ValueError(f"`judge={judge!r}` must be FILE.py:NAME of a function.")
+    found = runpy.run_path(path).get(name)
+    if not callable(found):
+        raise ValueError(f"`judge={judge!r}`: {path} has no function {name!r}, which takes the tokenizer.")
+    return found(tokenizer)
+
+
 @dataclass
 class ModelArguments:
     """The backbone, the head on it, and what is saved with them.
@@ -67,12 +82,7 @@ class ModelArguments:
 
     def load_judge(self, tokenizer: PreTrainedTokenizerBase) -> Judge | None:
         """Run `FILE.py`, call its `NAME` with the tokenizer, return the judge."""
-        if self.judge is None:
-            return None
-        path, _, name = self.judge.partition(":")
-        if not Path(path).is_file() or not name:
-            raise ValueError(f"`judge={self.judge!r}` must be FILE.py:NAME of a function.")
-        return runpy.run_path(path)[name](tokenizer)
+        return None if self.judge is None else load_judge(self.judge, tokenizer)
 
     def lengths(self) -> dict[str, Any]:
         """The lengths among the decoding defaults."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,12 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from ..adapters_dsc import ADAPTER_FOLDER, has_adapter, load_adapter_weights
 from ..evaluation import collect_states, detection_quality, score_states
+from ..evaluation.detection import Judge, verdict
 from ..generation_config_dsc import DSCGenerationConfig
 from ..model_card import make_model_card
 from ..modeling_dsc import DSCForMaskedDiffusion
 from .artifacts import Predict
 from .base import DiffusionTrainer, DiffusionTrainingArguments
-
-Judge = Callable[[Sequence[int], Sequence[int]], Sequence[bool]]
-"""Says which tokens of a response state are wrong: prompt ids and state ids to `(response length,)` of bool."""
 
 
 @dataclass
@@ -176,7 +173,7 @@ class WrappedModelTrainer(DiffusionTrainer):
         eos = self.processing_class.eos_token_id if self.processing_class else model.config.eos_token_id
         for state in states:
             if self.judge is not None:
-                wrong.append(np.asarray(self.judge(state["prompt_ids"], state["state_ids"]), dtype=bool))
+                wrong.append(verdict(self.judge, state))
                 continue
             if "response_ids" not in rows.column_names:
                 raise ValueError(

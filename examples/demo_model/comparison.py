@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import statistics
-import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from transformers.utils import logging
 from word_problems import draw_problems
 
 import dsc_hf  # noqa: F401  (registers the Auto classes)
+from dsc_hf.evaluation.costs import measure_costs
 from dsc_hf.evaluation.curves import plot_curves
 from dsc_hf.evaluation.request_log import RequestLog, key_of
 
@@ -142,25 +142,17 @@ def choose(
     return chosen
 
 
-def measure_costs(runner: Runner, systems: Sequence[System], rounds: int = 5, problems: int = 50) -> dict[str, float]:
-    """Time of a forward pass of each system over that of plain decoding: medians over rounds in alternating order.
-
-    One setting for each system, at its first speed.
-    """
+def system_costs(runner: Runner, systems: Sequence[System], rounds: int = 5, problems: int = 50) -> dict[str, float]:
+    """Time of a forward pass of each system over that of plain decoding; one setting for each, at its first speed."""
     drawn = draw_problems(problems, 0, "validation")
     models = {name: load(name, runner.dtype) for name in {s.model for s in systems}}
-    ratios: dict[str, list[float]] = {s.name: [] for s in systems}
-    for round_number in logging.tqdm(range(rounds + 1), desc="Measuring costs"):
-        seconds: dict[str, float] = {}
-        for system in systems if round_number % 2 else reversed(systems):
-            settings = next(iter(system.settings()))
-            began = time.perf_counter()
-            output, _ = generate_batch(models[system.model], runner.tokenizer, drawn, generator=0, **settings)
-            seconds[system.name] = (time.perf_counter() - began) / float(output.forward_passes.float().mean())
-        if round_number:  # the first warms up
-            for name, value in seconds.items():
-                ratios[name].append(value / seconds["plain"])
-    return {name: round(statistics.median(values), 3) for name, values in ratios.items()}
+
+    def solve_once(system: System):
+        settings = next(iter(system.settings()))
+        return generate_batch(models[system.model], runner.tokenizer, drawn, generator=0, **settings)[0]
+
+    costs = measure_costs({s.name: functools.partial(solve_once, s) for s in systems}, "plain", rounds)
+    return {name: round(cost.time, 3) for name, cost in costs.items()}
 
 
 def measure(
@@ -232,7 +224,7 @@ def compare_all(runner: Runner, args: Namespace) -> None:
     rows = measure(runner, systems, args.problems, args.seeds, args.validation_problems)
     if not runner.processes.is_main_process:
         return
-    costs = measure_costs(runner, [SYSTEMS["plain"], *(s for s in systems if s.name != "plain")])
+    costs = system_costs(runner, [SYSTEMS["plain"], *(s for s in systems if s.name != "plain")])
     for row in rows:
         row["compute"] = round(row["forward_passes"] * costs[row["method"]], 3)
     aups = save(rows, args.output_dir / "comparison.json")

@@ -1,0 +1,135 @@
+"""Which remasking score finds the mistakes of your own diffusion LM, on your own prompts, and what does it cost?
+
+A DSC checkpoint, or a diffusion LM without a head; prompts in a JSON Lines file or a dataset on the Hub:
+
+    python -m dsc_hf.diagnose --model org/my-diffusion-lm --prompts prompts.jsonl \
+        --max_new_tokens 256 --block_length 32 --tokens_per_step 3
+
+Who says which tokens are wrong: without more, leave-one-out as a stand-in; right responses, if there are some; best a
+function of your own that judges half-written texts (of the tokenizer it returns the judge, see `diagnose()`):
+
+    python -m dsc_hf.diagnose ... --reference_column response
+    python -m dsc_hf.diagnose ... --judge my_task.py:judge
+
+Prints a Markdown table and the recommended arguments of generate() as JSON. `--save_directory FOLDER` writes them
+into a generation_config.json there. Any argument of generate() that is not named below may be given as --name value;
+the model's own are below them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from itertools import islice
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .command_line import generate_arguments, read_config
+from .evaluation.diagnosis import COMPARED, diagnose
+from .evaluation.diagnosis_report import Diagnosis
+from .evaluation.files import write_json
+from .evaluation.lm_eval_parts import check_fit
+from .modeling_dsc import DSCForMaskedDiffusion
+from .tokens import find_tokenizer
+from .training.data import check_columns, read_dataset, tokenize_prompt
+from .training.script_arguments import load_judge
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict]:
+    """The named arguments, and all others as arguments of generate()."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dsc_hf.diagnose", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder or Hub id of a DSC checkpoint or a diffusion LM")
+    parser.add_argument("--prompts", required=True, help="JSON Lines file, or id of a dataset on the Hub")
+    parser.add_argument("--prompts_config", help="configuration of a dataset on the Hub")
+    parser.add_argument("--prompts_split", default="train", help="split of a dataset on the Hub")
+    parser.add_argument("--prompt_column", default="prompt", help="column with the prompts")
+    parser.add_argument("--reference_column", help="column with right responses, to say what is wrong")
+    parser.add_argument("--judge", help="FILE.py:NAME of a function(tokenizer) that returns the judge, instead")
+    parser.add_argument("--apply_chat_template", action="store_true", help="put prompts through the chat template")
+    parser.add_argument("--num_prompts", type=int, default=64, help="the first so many are used")
+    parser.add_argument("--scores", nargs="+", choices=COMPARED, help="by default all that the model has")
+    parser.add_argument("--states_per_prompt", type=int, default=4, help="states judged of each decode or reference")
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts decoded at once, also for the costs")
+    parser.add_argument("--timing_rounds", type=int, default=5, help="rounds to measure costs in, 0 for no costs")
+    parser.add_argument("--seed", type=int, default=0, help="of all randomness")
+    parser.add_argument("--dtype", help="precision of the backbone, such as bfloat16")
+    parser.add_argument("--device_map", help="such as auto; by default one GPU if there is one, else the CPU")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that the checkpoint names")
+    parser.add_argument("--save_directory", help="folder for a generation_config.json with what is recommended")
+    parser.add_argument("--output_json", help="file for all that was measured")
+    args, extra = parser.parse_known_args(arguments)
+    return args, generate_arguments(extra, parser)
+
+
+def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model."""
+    tokenizer = find_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
+    if tokenizer is None:
+        raise ValueError(f"There is no tokenizer in `model={args.model!r}`; put the backbone's there.")
+    return tokenizer
+
+
+def load_model(args: argparse.Namespace, is_dsc: bool) -> DSCForMaskedDiffusion:
+    """The model, wrapped if it has no head."""
+    options = {"dtype": args.dtype, "device_map": args.device_map, "trust_remote_code": args.trust_remote_code or None}
+    options = {name: value for name, value in options.items() if value is not None}
+    load = DSCForMaskedDiffusion.from_pretrained if is_dsc else DSCForMaskedDiffusion.from_backbone
+    model = load(args.model, **options).eval()
+    if args.device_map is None and torch.cuda.is_available():
+        model.to("cuda")
+    return model
+
+
+def read_prompts(args: argparse.Namespace) -> tuple[list[str], list[str] | None]:
+    """The first prompts and, if a column is named for them, their references; rows without text are left out."""
+    if args.num_prompts < 2:
+        raise ValueError(f"`num_prompts={args.num_prompts}` must be at least 2, better 64.")
+    rows = read_dataset(args.prompts, args.prompts_config, args.prompts_split, streaming=True, argument="prompts")
+    columns = {"prompt_column": args.prompt_column, "reference_column": args.reference_column}
+    columns = {argument: column for argument, column in columns.items() if column is not None}
+    check_columns(rows, **columns)
+    usable = (row for row in rows if all(row[column] for column in columns.values()))
+    rows = list(islice(usable, args.num_prompts))
+    if not rows:
+        raise ValueError(f"`prompts={args.prompts!r}` has no row with text in {', '.join(columns.values())}.")
+    references = None if args.reference_column is None else [row[args.reference_column] for row in rows]
+    return [row[args.prompt_column] for row in rows], references
+
+
+def main(arguments: Sequence[str] | None = None) -> Diagnosis:
+    """Do what the command line says.
+
+    Raises:
+        `ValueError`: as [`~dsc_hf.evaluation.diagnose`]; or a file, column, model or function is not there.
+    """
+    args, settings = parse_arguments(arguments)
+    prompts, references = read_prompts(args)
+    is_dsc = read_config(args.model, "model").get("model_type") == "dsc"
+    tokenizer = load_tokenizer(args)
+    judge = None if args.judge is None else load_judge(args.judge, tokenizer)
+    model = load_model(args, is_dsc)
+    check_fit(model, tokenizer)
+    found = diagnose(
+        model,
+        [tokenize_prompt(tokenizer, prompt, args.apply_chat_template) for prompt in prompts],
+        judge=judge,
+        references=references and [tokenizer(text, add_special_tokens=False).input_ids for text in references],
+        settings=settings,
+        scores=args.scores,
+        states_per_prompt=args.states_per_prompt,
+        batch_size=args.batch_size,
+        timing_rounds=args.timing_rounds,
+        seed=args.seed,
+        save_directory=args.save_directory,
+    )
+    print(found.as_markdown())
+    if args.output_json is not None:
+        write_json(args.output_json, found.to_dict())
+    return found
+
+
+if __name__ == "__main__":
+    main()

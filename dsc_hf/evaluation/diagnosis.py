@@ -1,0 +1,291 @@
+"""Which score finds the wrong tokens of a model, what does it cost, and how should one decode: measured on the model
+itself, with its prompts and its decoding settings. On the command line: `python -m dsc_hf.diagnose`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+from ..canvas_reader import CanvasReader
+from ..generation_config_dsc import DSCGenerationConfig
+from ..input_checks import check_length
+from ..remasking_selections import SELECTION_ARGUMENTS
+from .costs import measure_costs
+from .detection import Judge, best_threshold, detection_quality, resampled, score_states, verdict
+from .diagnosis_report import Diagnosis, ScoreDiagnosis
+from .files import write_generation_config
+from .states import collect_states, left_pad
+from .trials import check_prompts
+
+COMPARED = ("head", "visible", "leave_one_out", "written", "random")
+"""The scores that are compared."""
+REMASKING = {"remasking_score", "remask_selection", "remask_action", *SELECTION_ARGUMENTS}
+TAKING_BACK = {"remasking_score": "visible", "remask_threshold": 0.9, "max_remasks_per_position": 1}
+"""How tokens are taken back in the decodes that visit states, beside plain ones."""
+CONTROL = "random"
+
+
+def diagnose(
+    model,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    judge: Judge | None = None,
+    references: Sequence[str] | Sequence[Sequence[int]] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    scores: Sequence[str] | None = None,
+    tokenizer=None,
+    states_per_prompt: int = 4,
+    batch_size: int = 16,
+    timing_rounds: int = 5,
+    resamples: int = 100,
+    seed: int = 0,
+    save_directory: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> Diagnosis:
+    """Measure how well every score finds wrong tokens and what it costs, and recommend one, with a threshold.
+
+    Half-written texts are judged by every score. Which of their tokens are wrong, the *truth*, is said by
+
+    - a `judge`, if there is one: of states of real decoding, plain and with tokens taken back by `visible`;
+    - `references`, if there are some: the model's own look-back artifacts are put into them, so that each token is the
+      reference's or is wrong. These states are not from free decoding, and `written` can't be measured on them;
+    - else *leave-one-out*, a stand-in, on states of real decoding: a token counts as wrong if the model gives it a
+      probability below 0.5 given all others. `leave_one_out` itself is not ranked then.
+
+    Recommended is the score with the best average precision over cost, of those whose AUROC is more than two standard
+    errors above 0.5 (its own, by a bootstrap over prompts, and those of a score that knows nothing, by the count of
+    wrong tokens), with the threshold of the best F1 on these states; not to remask, if there is none. This does not
+    decode with it: where whole answers can be checked, [`~dsc_hf.evaluation.calibrate`] chooses by accuracy.
+
+    Args:
+        model ([`DSCForMaskedDiffusion`]): as wrapped by `from_backbone`, or with a trained head.
+        prompts (`list[str]` or `list[list[int]]`): at least 2, texts with `tokenizer` or token ids.
+        judge (`Callable`, *optional*): of prompt ids and the ids of a half-written response (mask tokens included)
+            which of the latter are wrong, `(response length,)` of bool.
+        references (`list`, *optional*): instead: a right response for each prompt, texts or ids as the prompts are.
+        settings (`dict`, *optional*): arguments of `generate()`; the model's own are below them. The score and the
+            threshold are what is looked for: those given here are not gone by.
+        scores (`list[str]`, *optional*): which; by default all that the model has.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of texts.
+        states_per_prompt (`int`): of each decode, or of each reference.
+        batch_size (`int`): prompts decoded, and states read, at once.
+        timing_rounds (`int`): to measure costs in, on the first batch of prompts; 0 measures none.
+        resamples (`int`): of the bootstrap over prompts that gives standard errors.
+        seed (`int`): of all randomness.
+        save_directory (`str`, *optional*): where to write `generation_config.json` with what is recommended.
+        progress (`bool`): show progress bars.
+
+    Returns:
+        [`Diagnosis`].
+
+    Raises:
+        `ValueError`: an argument is missing, unknown or out of range, or a score that is asked for or needed as the
+            truth can't be had of this model; before any compute is spent.
+    """
+    if judge is not None and references is not None:
+        raise ValueError("Give `judge` or `references`, not both.")
+    truth = "judge" if judge is not None else "leave_one_out" if references is None else "references"
+    ids, reference_ids = _token_ids(prompts, references, tokenizer)
+    config = _check_decoding(model, ids, dict(settings or {}))
+    missing = _missing_scores(model, truth, scores)
+    names = [name for name in COMPARED if name in (scores or COMPARED) and name not in missing]
+    plain = {name: value for name, value in (settings or {}).items() if name not in REMASKING}
+    size = {"states_per_prompt": states_per_prompt, "batch_size": batch_size, "seed": seed, "progress": progress}
+    _check_numbers(1, states_per_prompt=states_per_prompt, batch_size=batch_size, resamples=resamples)
+    _check_numbers(0, timing_rounds=timing_rounds)
+
+    if reference_ids is None:
+        states = _visited_states(model, ids, plain, **size)
+        wrong = None if judge is None else [verdict(judge, state) for state in states]
+    else:
+        from .artifact_states import artifact_states  # which lies on `dsc_hf.training`, and that on this package
+
+        lengths = (_new_tokens(config, ids), config.block_length)
+        states, wrong = artifact_states(model, ids, reference_ids, *lengths, bool(config.do_sample), **size)
+    needed = names if wrong is not None else list(dict.fromkeys([*names, "leave_one_out"]))
+    found = score_states(model, states, needed, batch_size, config.guidance_scale, seed)
+    if wrong is None:
+        wrong = [row > 0.5 for row in found["leave_one_out"]]
+    values, wrong, groups = _flat(found, wrong, states["prompt_index"])
+
+    costs = _costs(model, ids[:batch_size], config, plain, names, timing_rounds, seed, progress)
+    ranked = {name: values[name] for name in names if name != truth}
+    qualities = _qualities(ranked, wrong, groups, resamples, seed)
+    rows = [
+        ScoreDiagnosis(name, **qualities.get(name, {}), **costs.get(name, {}), missing=missing.get(name))
+        for name in COMPARED
+        if name in names or name in missing
+    ]
+    diagnosis = Diagnosis(truth, rows, len(ids), len(states), len(wrong), float(np.mean(wrong)))
+    _recommend(diagnosis, ranked, wrong, settings or {}, config)
+    if save_directory is not None:
+        write_generation_config(model, diagnosis.settings, save_directory)
+    return diagnosis
+
+
+def _check_numbers(least: int, **numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < least:
+            raise ValueError(f"`{name}={value}` must be at least {least}.")
+
+
+def _token_ids(prompts, references, tokenizer) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Prompts and references (or None) as ids."""
+    check_prompts(prompts, references, tokenizer)
+    if len(prompts) < 2:
+        raise ValueError("`prompts` has 1 entry; standard errors need at least 2, better 64.")
+    if tokenizer is not None:
+        prompts = [tokenizer(prompt).input_ids for prompt in prompts]
+        references = references and [tokenizer(text, add_special_tokens=False).input_ids for text in references]
+    empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
+    if empty:
+        raise ValueError(f"`prompts[{empty[0]}]` is empty; give at least one token.")
+    return [list(prompt) for prompt in prompts], references and [list(reference) for reference in references]
+
+
+def _check_decoding(model, ids: Sequence[Sequence[int]], settings: dict[str, Any]) -> DSCGenerationConfig:
+    """The decoding arguments as they will be, with a score; what can't be done is refused."""
+    base = DSCGenerationConfig(**{**settings, "remasking_score": "visible"})
+    config = model._resolve_generation_config(base, {})
+    if config.remask_selection != "threshold":
+        raise ValueError(
+            f"`remask_selection={config.remask_selection!r}` does not go by a threshold alone, which is what is "
+            "looked for; use 'threshold'."
+        )
+    if config.num_return_sequences != 1:
+        raise ValueError(f"`num_return_sequences={config.num_return_sequences}` must be 1 here; repeat the prompts.")
+    check_length(max(map(len, ids)), _new_tokens(config, ids), model.max_sequence_length)
+    return config
+
+
+def _new_tokens(config: DSCGenerationConfig, ids: Sequence[Sequence[int]]) -> int:
+    """Tokens of the longest response."""
+    if config.max_new_tokens is None and config.max_length is not None:
+        return config.max_length - max(map(len, ids))
+    return config.max_new_tokens or 128
+
+
+def _missing_scores(model, truth: str, scores: Sequence[str] | None) -> dict[str, str]:
+    """Scores that can't be had, and why; an error where one was asked for or is needed as the truth."""
+    unknown = [name for name in scores or () if name not in COMPARED]
+    if unknown:
+        raise ValueError(f"`scores` has {unknown[0]!r}; there are {', '.join(COMPARED)}.")
+    if scores is not None and not scores:
+        raise ValueError(f"`scores` is empty; give some of {', '.join(COMPARED)}, or leave it out for all.")
+    missing = {}
+    attempts = {"head": model.require_trained_head, "leave_one_out": partial(CanvasReader, model, leaves_out=True)}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except ValueError as error:
+            missing[name] = str(error)
+    if truth == "leave_one_out" and truth in missing:
+        raise ValueError(
+            "Give a `judge` or `references`: without them leave-one-out says which tokens are wrong, which this model "
+            f"does not allow. {missing[truth]}"
+        )
+    if truth == "references":
+        missing["written"] = "the states are references with artifacts in them, which no decode wrote."
+    for name in scores or ():
+        if name in missing:
+            raise ValueError(f"`scores` has {name!r}, which is not to be had: {missing[name]}")
+    return missing if scores is None else {}
+
+
+def _visited_states(model, ids, plain: dict[str, Any], **size: Any) -> Dataset:
+    """States of plain decoding, and of decoding that takes tokens back."""
+    decodes = ({**plain, "remasking_score": "none"}, {**plain, **TAKING_BACK})
+    return concatenate_datasets([collect_states(model, ids, [settings], **size) for settings in decodes])
+
+
+def _flat(found: dict[str, list[np.ndarray]], wrong: list[np.ndarray], groups: Sequence[int]):
+    """The visible tokens of all states: their scores, whether they are wrong, and which prompt they belong to."""
+    seen = [~np.isnan(row) for row in next(iter(found.values()))]
+
+    def flat(rows: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([row[visible] for row, visible in zip(rows, seen, strict=True)])
+
+    values = {name: flat(rows) for name, rows in found.items()}
+    return values, flat(wrong), np.repeat(groups, [int(visible.sum()) for visible in seen])
+
+
+def _qualities(scores: dict[str, np.ndarray], wrong, groups, resamples: int, seed: int) -> dict[str, dict[str, float]]:
+    """Detection quality of each score, with standard errors; the scores share the draws of the bootstrap."""
+    result: dict[str, dict[str, float]] = {}
+    drawn: dict[str, list[list[float]]] = {name: [] for name in scores}
+    for draw in resampled(groups, resamples, seed):
+        for name, values in scores.items():
+            quality = detection_quality(values[draw], wrong[draw])
+            drawn[name].append([quality["auroc"], quality["average_precision"]])
+    for name, values in scores.items():
+        quality = detection_quality(values, wrong)
+        kept = {key: quality[key] for key in ("auroc", "average_precision", "calibration_error")}
+        told = np.array([pair for pair in drawn[name] if not np.isnan(pair).any()])
+        errors = told.std(axis=0, ddof=1) if len(told) > 1 else (np.nan, np.nan)
+        result[name] = {**kept, "auroc_error": float(errors[0]), "average_precision_error": float(errors[1])}
+    return result
+
+
+def _costs(model, ids, config, plain, names, rounds: int, seed: int, progress: bool) -> dict[str, dict[str, float]]:
+    """What each score costs in decodes that judge and take nothing back, so that all take the same steps."""
+    if not rounds:
+        return {}
+    prompts, mask = (tensor.to(model.device) for tensor in left_pad(ids, model.config.pad_token_id or 0))
+    judging = {"remask_stride": config.remask_stride, "rescore": config.rescore, "verify_block": False}
+    judging |= {"remask_selection": "threshold", "remask_threshold": 0.5, "max_remasks_per_position": 0}
+
+    def decode(name: str):
+        settings = (
+            {**plain, **judging, "remasking_score": name} if name != "none" else {**plain, "remasking_score": name}
+        )
+        if name != "head":
+            settings.pop("head_context", None)
+        arguments = DSCGenerationConfig(**settings, return_dict_in_generate=True)
+        return model.generate(prompts, arguments, attention_mask=mask, generator=seed)
+
+    measured = measure_costs({name: partial(decode, name) for name in ("none", *names)}, "none", rounds, progress)
+    none = measured.pop("none")
+    return {
+        name: {"cost": cost.time, "extra_positions": cost.positions - none.positions}
+        for name, cost in measured.items()
+    }
+
+
+def _recommend(diagnosis: Diagnosis, scores: dict[str, np.ndarray], wrong, settings, config) -> None:
+    """Choose a score and its threshold, or none, and say why."""
+    rows = [row for row in diagnosis.rows if row.score in scores and row.score != CONTROL]
+    chance = math.sqrt((len(wrong) + 1) / (12 * wrong.sum() * (~wrong).sum())) if 0 < wrong.mean() < 1 else math.nan
+    able = [row for row in rows if row.auroc - 2 * max(row.auroc_error, chance) > 0.5]
+    if not able:
+        none = f"no token is wrong, of {len(wrong)}" if not wrong.any() else "no score finds errors here"
+        diagnosis.reason = f"{none}; don't remask (no AUROC is more than two standard errors above 0.5)."
+        kept = {name: value for name, value in settings.items() if name not in {*REMASKING, "remask_scope"}}
+        diagnosis.settings = {**kept, "remasking_score": "none"}
+        return
+    best = max(able, key=lambda row: row.average_precision / max(1, row.cost or 1))  # less is noise
+    threshold = best_threshold(scores[best.score], wrong)
+    above = scores[best.score] > threshold
+    diagnosis.score, diagnosis.threshold = best.score, threshold
+    diagnosis.precision, diagnosis.recall = float(wrong[above].mean()), float(above[wrong].mean())
+    diagnosis.settings = {
+        **{name: value for name, value in settings.items() if name != "head_context" or best.score == "head"},
+        "remasking_score": best.score,
+        "remask_threshold": threshold,
+        "remask_scope": config.remask_scope,
+        "max_remasks_per_position": config.max_remasks_per_position or 1,
+    }
+    diagnosis.reason = (
+        f"`{best.score}`, with the best average precision{' over cost' if best.cost else ''} of the scores whose "
+        f"AUROC is more than two standard errors above 0.5. The threshold has the best F1 on these states: "
+        f"{100 * above.mean():.1f} % of the tokens lie above it, {100 * diagnosis.precision:.0f} % of these are "
+        f"wrong, and {100 * diagnosis.recall:.0f} % of the wrong ones are found."
+    )
+
+
+__all__ = ["diagnose"]
