@@ -20,6 +20,7 @@ class DecodingStep:
         scored (`torch.BoolTensor`): positions that were judged.
         edited (`torch.BoolTensor`): positions that were overwritten by another token, without having been a mask.
         active (`torch.BoolTensor`): rows that took part.
+        written (`torch.FloatTensor`): the probability of each token when it was written; 1 where none was.
     """
 
     sequences: torch.Tensor
@@ -28,23 +29,27 @@ class DecodingStep:
     scored: torch.Tensor
     edited: torch.Tensor
     active: torch.Tensor
+    written: torch.Tensor
 
 
 def record(history: list, canvas: Canvas, unmasked, remasked, scored, edited) -> None:
     """Append a step to the history, in the order of the caller's rows."""
     batch = history[0].active.shape[0] if history else len(canvas.rows)
-    previous = history[-1].sequences if history else torch.zeros(batch, canvas.ids.shape[1], dtype=torch.long)
+    shape = (batch, canvas.ids.shape[1])
+    previous = history[-1].sequences if history else torch.zeros(shape, dtype=torch.long)
+    written = history[-1].written if history else torch.ones(shape)
 
     def place(values: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         base = base.clone()
         base[canvas.rows] = values.cpu()
         return base
 
-    nothing = torch.zeros(batch, canvas.ids.shape[1], dtype=torch.bool)
+    nothing = torch.zeros(shape, dtype=torch.bool)
     active = torch.zeros(batch, dtype=torch.bool)
     active[canvas.rows] = True
     positions = (place(values, nothing) for values in (unmasked, remasked, scored, edited))
-    history.append(DecodingStep(place(canvas.ids, previous), *positions, active))
+    written = place(canvas.written, written)
+    history.append(DecodingStep(place(canvas.ids, previous), *positions, active, written))
 
 
 __all__ = ["DecodingStep"]

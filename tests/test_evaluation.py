@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import MASK, prompt_ids
+from conftest import MASK, TOKENS, prompt_ids
 
 from dsc_hf.evaluation import collect_states, detection_quality, score_states
 
@@ -44,6 +44,27 @@ def test_states_are_those_that_the_decode_went_through(model):
     visited = [step.sequences[:, 5:].tolist() for step in output.history][:-1]
     for index, state in zip(states["prompt_index"], states["state_ids"], strict=True):
         assert state in [step[index] for step in visited] and MASK in state
+
+
+def test_states_say_with_which_probability_their_tokens_were_written(model):
+    settings = {**SETTINGS[0], "remasking_score": "visible", "remask_threshold": 0.5, "remask_scope": "generated"}
+    prompts = [row.tolist() for row in prompt_ids(5, 3)]
+    output = model.generate(torch.tensor(prompts), output_history=True, return_dict_in_generate=True, **settings)
+    ids = torch.cat([torch.tensor(prompts), torch.full((3, 8), MASK)], 1)
+    expected = torch.ones(ids.shape)
+    for step in output.history:
+        logits = model(ids).logits
+        logits[..., MASK] = logits[..., TOKENS:] = -torch.inf
+        probabilities = logits.softmax(-1).gather(-1, step.sequences[..., None])[..., 0]
+        filled = step.unmasked & (step.sequences != MASK)
+        expected, ids = torch.where(filled, probabilities, expected), step.sequences
+        visible = step.sequences != MASK
+        torch.testing.assert_close(step.written[visible], expected[visible])
+    assert sum(int(step.remasked.sum()) for step in output.history)
+    states = collect_states(model, prompts, [settings], states_per_prompt=50, progress=False)
+    for state in states:
+        rows = [s.written[state["prompt_index"], 5:].tolist() for s in output.history]
+        assert state["written_probabilities"] in rows
 
 
 def test_same_seed_gives_the_same_states(model):

@@ -44,7 +44,7 @@ def collect_states(
 
     Returns:
         `datasets.Dataset`: `prompt_index`, `prompt_ids`, `state_ids` (the response at that step, mask tokens
-        included).
+        included), `written_probabilities` (of the tokens, when they were written; meaningless at masks).
 
     Raises:
         `ValueError`: no prompts or no settings.
@@ -68,8 +68,10 @@ def collect_states(
             steps = [n for n, step in enumerate(history) if step.active[i]][:-1]  # the last leaves nothing to judge
             order = torch.randperm(len(steps), generator=generator)[:states_per_prompt]
             for n in sorted(order.tolist()):
-                state = history[steps[n]].sequences[i, ids.shape[1] :].tolist()
-                rows.append({"prompt_index": start + i, "prompt_ids": list(prompt), "state_ids": state})
+                step = history[steps[n]]
+                state, written = (x[i, ids.shape[1] :].tolist() for x in (step.sequences, step.written))
+                row = {"prompt_index": start + i, "prompt_ids": list(prompt), "state_ids": state}
+                rows.append({**row, "written_probabilities": written})
         bar.update(len(batch))
     bar.close()
     return Dataset.from_list(rows)
