@@ -5,10 +5,11 @@
     python examples/reproduce.py --figure 2
     python examples/reproduce.py --table 2 --backbone GSAI-ML/LLaDA-8B-Base     # the commands, for a GPU
 
-Everything is measured; what was run is kept in `<output_dir>/journal-rank0.jsonl`, and a stopped run goes on where it
-was. The whole comparison (1,000 problems for each of 3 seeds) takes hours on 2 CPU cores; `--problems 100 --seeds 1`
-is a look. What tables and figures are on the demo model is said in `demo_model/paper_tables.py`; what a training step
-of a large backbone takes is measured by `demo_model/paper_scale.py`.
+Everything is measured; what was run is kept in `<output_dir>/journal-rank*.jsonl`, and a stopped run goes on where it
+was. `accelerate launch --cpu --num_processes 2 examples/reproduce.py ...` shares the work between processes. The whole
+comparison takes hours on 2 CPU cores; `--problems 100 --seeds 1` is a look. What tables and figures are on the demo
+model is said in `demo_model/paper_tables.py`; what a training step of a large backbone takes is measured by
+`demo_model/paper_scale.py`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ import paper_scale  # noqa: E402
 import paper_tables  # noqa: E402
 from comparison import Runner, compare_all  # noqa: E402
 from solve import set_threads  # noqa: E402
-
-from dsc_hf.evaluation.request_log import RequestLog  # noqa: E402
 
 
 def main() -> None:
@@ -52,7 +51,7 @@ def main() -> None:
         print(paper_scale.commands(args.backbone, args.table, args.figure))
         return
     set_threads()
-    runner = Runner(RequestLog(args.output_dir, name="journal"))
+    runner = Runner(args.output_dir)
     if args.comparison:
         compare_all(runner, args)
     elif args.table:

@@ -99,17 +99,33 @@ def test_judge_decides_what_is_wrong(tmp_path):
     assert (wrong[0] == (reference != np.array(states[0]["state_ids"]))).all()
 
 
-def test_distillation_needs_prompts_only(tmp_path):
+@pytest.mark.parametrize("targets", ["leave_one_out", "leave_many_out"])
+def test_distillation_needs_prompts_only(tmp_path, targets):
     model = make_model()
     prompts = make_rows()["prompt_ids"]
     states = collect_states(model, prompts, [{"max_new_tokens": 8, "block_length": 4}], progress=False)
-    trainer = make_trainer("head", tmp_path, rows=states, model=model, targets="leave_one_out", max_steps=20)
+    trainer = make_trainer("head", tmp_path, rows=states, model=model, targets=targets, max_steps=20)
     batch = trainer.data_collator(list(states.select(range(4))))
     made = trainer.corrupt(batch, torch.Generator())
     assert torch.equal(made["input_ids"], batch["input_ids"])  # states are judged as they are
     assert ((made["targets"] >= 0) & (made["targets"] <= 1)).all()
     trainer.train()
     assert np.mean(losses(trainer)[-3:]) < np.mean(losses(trainer)[:3])
+
+
+def test_tokens_that_were_not_left_out_carry_no_loss(tmp_path):
+    trainer = make_trainer("head", tmp_path, targets="leave_many_out", left_out_share=0.5)
+    batch = trainer.data_collator(list(trainer.train_dataset.select(range(4))))
+    made = trainer.corrupt(batch, torch.Generator().manual_seed(3))
+    visible = (batch["labels"] != -100) & (made["input_ids"] != MASK)
+    assert 0 < made["counted"].sum() < visible.sum() and not (made["counted"] & ~visible).any()
+    assert not made["targets"][~made["counted"]].any()
+
+
+@pytest.mark.parametrize("arguments", [{"left_out_share": 0.0}, {"left_out_share": 1.5}, {"left_out_draws": 0}])
+def test_leaving_nothing_out_is_refused(tmp_path, arguments):
+    with pytest.raises(ValueError, match=f"`{next(iter(arguments))}="):
+        make_trainer("head", tmp_path, targets="leave_many_out", **arguments)
 
 
 def test_evaluating_states_without_references_is_refused(tmp_path):

@@ -14,7 +14,8 @@ sys.path.insert(0, str(ROOT / "examples" / "demo_model"))
 import comparison  # noqa: E402
 import paper_scale  # noqa: E402
 import paper_tables  # noqa: E402
-from comparison import Runner, choose, paired_difference, solved_bits, summarise  # noqa: E402
+from comparison import Runner, choose, summarise  # noqa: E402
+from report import differences, markdown, paired_difference, solved_bits  # noqa: E402
 from solve import Solved  # noqa: E402
 from systems import SYSTEMS, System  # noqa: E402
 from word_problems import draw_problems  # noqa: E402
@@ -44,30 +45,30 @@ def solved(monkeypatch):
 def test_what_was_solved_is_not_solved_again(tmp_path, solved):
     settings = {"tokens_per_step": 2, "remasking_score": "none"}
     for _ in range(2):
-        record = Runner(RequestLog(tmp_path)).run("dsc", settings, "test", 1, 9)
+        record = Runner(tmp_path).run("dsc", settings, "test", 1, 9)
     assert len(solved) == 1 and solved_bits(record, "right").tolist() == [i % 2 == 0 for i in range(9)]
-    Runner(RequestLog(tmp_path)).run("dsc", settings, "test", 2, 9)
+    Runner(tmp_path).run("dsc", settings, "test", 2, 9)
     assert len(solved) == 2
 
 
 def test_a_torn_line_is_passed_over(tmp_path, solved):
-    path = tmp_path / "requests-rank0.jsonl"
+    path = tmp_path / "journal-rank0.jsonl"
     settings = {"tokens_per_step": 2, "remasking_score": "none"}
-    Runner(RequestLog(tmp_path)).run("dsc", settings, "test", 1, 9)
+    Runner(tmp_path).run("dsc", settings, "test", 1, 9)
     path.write_text(path.read_text() + '{"job": {"mo')
-    runner = Runner(RequestLog(tmp_path))
+    runner = Runner(tmp_path)
     runner.run("dsc", settings, "test", 1, 9)
     runner.run("dsc", settings, "test", 3, 9)
-    assert len(solved) == 2 and len(RequestLog(tmp_path).records) == 2
+    assert len(solved) == 2 and len(RequestLog(tmp_path, name="journal").records) == 2
 
 
 def test_the_best_setting_within_each_budget_is_chosen(tmp_path, solved):
-    chosen = choose(Runner(RequestLog(tmp_path)), CHEAP, 12, 100, budgets=(5, 10, 30, 60))
+    chosen = choose(Runner(tmp_path), CHEAP, 12, 100, budgets=(5, 10, 30, 60))
     assert {budget: s["tokens_per_step"] for budget, s in chosen.items()} == {10: 6, 30: 2}
 
 
 def test_seeds_are_pooled_and_differences_paired(tmp_path, solved):
-    runner = Runner(RequestLog(tmp_path))
+    runner = Runner(tmp_path)
     rows = []
     for settings in CHEAP.settings():
         records = [runner.run("dsc", settings, "test", seed, 12) for seed in (1, 2)]
@@ -79,9 +80,27 @@ def test_seeds_are_pooled_and_differences_paired(tmp_path, solved):
     assert difference == pytest.approx(100 * 4 / 12) and error == pytest.approx(100 * (2 / 9 / 24) ** 0.5)
 
 
+def test_what_is_printed_compares_within_the_same_passes(tmp_path, solved):
+    runner = Runner(tmp_path)
+    rows = []
+    for name, k, budget in (("ours", 2, 30), ("theirs", 6, 10), ("theirs", 3, 20)):
+        system = System(name, name.title(), "dsc", {"remasking_score": "none"})
+        settings = {**system.arguments, "tokens_per_step": k}
+        rows.append(summarise(system, budget, settings, [runner.run("dsc", settings, "test", 1, 12)]))
+    args = Namespace(problems=12, seeds=[1])
+    table = markdown(rows, "Title", args, {"ours": 1.4, "theirs": 2.6}).splitlines()
+    assert table[0].startswith("Title (12 held-back problems for each of 1 seeds;") and len(table) == 7
+    assert table[4].startswith("| Ours | k 2 | 50.0 ± 14.4 | 50.0 | 24.0 |  | 24.0 | 1 |") and table[6].endswith(
+        "|  |"
+    )
+    lines = differences(rows, "ours").splitlines()
+    assert lines[3] == "| system | up to 10 passes | up to 20 passes | up to 30 passes |"
+    assert lines[5] == "| Theirs | none | none | +16.7 ± 19.8; +16.7 ± 19.8 |"  # 6 of 12 right against 4, at k = 3
+
+
 def test_rows_of_one_length_count_only_those_problems(tmp_path, solved):
     settings = {"tokens_per_step": 2, "remasking_score": "none"}
-    record = Runner(RequestLog(tmp_path)).run("dsc", settings, "test", 1, 40)
+    record = Runner(tmp_path).run("dsc", settings, "test", 1, 40)
     row = paper_tables.with_operations(summarise(CHEAP, 2, settings, [record]), 3)
     lengths = [len(problem.operations) for problem in draw_problems(40, 1, "test")]
     expected = [i % 2 == 0 for i, length in enumerate(lengths) if length == 3]
@@ -93,7 +112,7 @@ def test_the_comparison_is_printed_written_and_drawn(tmp_path, capsys):
     quick = {name: System(s.name, s.label, s.model, s.arguments, s.speeds[-1:], {}) for name, s in SYSTEMS.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "SYSTEMS", quick)
-        comparison.compare_all(Runner(RequestLog(tmp_path)), args)
+        comparison.compare_all(Runner(tmp_path), args)
     written = json.loads((tmp_path / "comparison.json").read_text())
     assert {row["method"] for row in written["rows"]} == set(written["aup"]) == {"plain", "visible"}
     assert all(row["compute"] > 0 and row["problems"] == 2 for row in written["rows"])
@@ -104,14 +123,22 @@ def test_the_comparison_is_printed_written_and_drawn(tmp_path, capsys):
 
 def test_an_unknown_system_is_named(tmp_path):
     with pytest.raises(ValueError, match="`systems`: 'magic' is none of"):
-        comparison.compare_all(Runner(RequestLog(tmp_path)), Namespace(systems=["magic"]))
+        comparison.compare_all(Runner(tmp_path), Namespace(systems=["magic"]))
 
 
 def test_a_model_that_was_not_trained_is_named_before_anything_runs(tmp_path, solved, monkeypatch):
     monkeypatch.setitem(comparison.MODELS, "prism", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="model 'prism' is not in .*train_rivals.py --only prism"):
-        comparison.compare_all(Runner(RequestLog(tmp_path)), Namespace(systems=["plain", "prism"]))
+        comparison.compare_all(Runner(tmp_path), Namespace(systems=["plain", "prism"]))
     assert not solved
+
+
+def test_a_figure_is_drawn_over_tokens_a_step(tmp_path, solved, monkeypatch):
+    few = [(CHEAP, (1, 2)), (paper_tables.dataclasses.replace(CHEAP, name="other"), (3,))]
+    monkeypatch.setattr(paper_tables, "systems_of", lambda number: few)
+    args = Namespace(problems=4, validation_problems=4, seeds=[1], output_dir=tmp_path)
+    paper_tables.figure(1, Runner(tmp_path), args)
+    assert (tmp_path / "figure_1.svg").stat().st_size and (tmp_path / "figure_1.png").stat().st_size
 
 
 @pytest.mark.parametrize("number", range(1, 8))

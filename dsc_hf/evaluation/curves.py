@@ -24,6 +24,7 @@ AXIS_LABELS = {
     "compute": "compute for each problem",
     "remasks": "remasks for each problem",
     "tokens_per_forward": "tokens per forward pass",
+    "tokens_per_step": "tokens a step",
     "accuracy": "right answers (%)",
     "reasoning_accuracy": "whole reasoning right (%)",
 }
@@ -99,8 +100,8 @@ def comparison(
     Args:
         rows (`list[dict]`): one for each method and setting: `method` (str), `settings` (dict, arguments of
             `generate()`), `accuracy` and its `standard_error` (0 to 1), `reasoning_accuracy` (0 to 1, or None where
-            the task has none), means for each problem of `forward_passes`, `compute` and `remasks`, `problems` (int)
-            and `seeds` (list of int). More columns are kept, such as `tokens_per_forward`.
+            the task has none), means for each problem of `forward_passes`, `compute` and `remasks`, `problems` (int,
+            for each seed) and `seeds` (list of int). More columns are kept, such as `tokens_per_forward`.
         aups (`dict[str, float]`, *optional*): AUP of each method; by default [`aup_by_method`].
         path (`str`, *optional*): where to write JSON.
 
@@ -164,7 +165,8 @@ def plot_curves(
         rows (`list[dict]`): as of [`comparison`]; needs `method`, `x` and `y`, and `standard_error` or (for
             `reasoning_accuracy`) `problems` for the bars.
         path (`str`): where to write, with or without suffix: `curves` gives `curves.png` and `curves.svg`.
-        x (`str`): `forward_passes`, `compute`, `remasks` or `tokens_per_forward`; logarithmic if all are above 0.
+        x (`str`): `forward_passes`, `compute`, `remasks`, `tokens_per_forward` or `tokens_per_step`; logarithmic if
+            all are above 0.
         y (`str`): `accuracy` or `reasoning_accuracy`.
         title (`str`, *optional*): above the plot.
         labels (`dict[str, str]`, *optional*): names of methods in the legend.
@@ -175,7 +177,7 @@ def plot_curves(
     Raises:
         `ValueError`: no rows, or a column is missing or unknown.
     """
-    for name, value, allowed in (("x", x, tuple(AXIS_LABELS)[:4]), ("y", y, tuple(AXIS_LABELS)[4:])):
+    for name, value, allowed in (("x", x, tuple(AXIS_LABELS)[:5]), ("y", y, tuple(AXIS_LABELS)[5:])):
         if value not in allowed:
             raise ValueError(f"`{name}={value!r}` must be one of {', '.join(allowed)}.")
     check_rows(rows, ("method", x, y))
@@ -229,7 +231,7 @@ def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str, labels:
 def _standard_error(row: Mapping[str, Any], y: str) -> float:
     if y == "accuracy":
         return row.get("standard_error") or 0.0
-    problems = row.get("problems")
+    problems = (row.get("problems") or 0) * len(row.get("seeds") or (0,))
     return math.sqrt(row[y] * (1 - row[y]) / problems) if problems else 0.0
 
 

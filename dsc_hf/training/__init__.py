@@ -5,6 +5,7 @@ from .collator import PromptResponseCollator
 from .correction import CorrectionHeadConfig, CorrectionHeadTrainer
 from .data import DataArguments, read_dataset, tokenize_prompts_and_responses
 from .joint import JointConfig, JointTrainer
+from .leave_many_out import leave_many_out_probabilities
 from .leave_one_out import leave_one_out_probabilities
 from .lora import LoraArguments
 from .other_artifacts import FilledArtifacts, OneStepArtifacts, UniformArtifacts
@@ -31,6 +32,7 @@ __all__ = [
     "ProSeCoTrainer",
     "PromptResponseCollator",
     "UniformArtifacts",
+    "leave_many_out_probabilities",
     "leave_one_out_probabilities",
     "masked_diffusion_loss",
     "read_dataset",

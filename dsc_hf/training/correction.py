@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..modeling_dsc import DSCForMaskedDiffusion, correction_loss
 from .artifacts import ArtifactSampler, FutureContextAugmentation
 from .collator import IGNORE_INDEX
+from .leave_many_out import leave_many_out_probabilities
 from .leave_one_out import leave_one_out_probabilities
 from .other_artifacts import FilledArtifacts, OneStepArtifacts, UniformArtifacts
 from .wrapped import Judge, WrappedModelTrainer, WrappedTrainingArguments
@@ -36,7 +37,11 @@ class CorrectionHeadConfig(WrappedTrainingArguments):
 
     Args:
         targets (`str`): `"labels"`: a token is correct if it equals the response's (the paper). `"leave_one_out"`: the
-            backbone's probability of the token given all others, soft; needs no labels.
+            backbone's probability of the token given all others; `"leave_many_out"`: given a random part of the
+            others. These are soft and need no labels.
+        left_out_share (`float`), left_out_draws (`int`): for `leave_many_out`: how likely each visible token is
+            hidden, and forwards that it is averaged over; tokens that stay carry no loss
+            ([`leave_many_out_probabilities`]).
         artifacts (`str`): whose mistakes the head learns from: `"look_back"` (the paper,
             [`FutureContextAugmentation`]), `"one_step"` (PRISM, [`OneStepArtifacts`]), `"uniform"` (RemeDi,
             [`UniformArtifacts`]) or `"filled"` (ProSeCo, [`FilledArtifacts`]).
@@ -46,7 +51,9 @@ class CorrectionHeadConfig(WrappedTrainingArguments):
         wrong_weight (`float`): weight of the loss on wrong tokens, the rare class.
     """
 
-    targets: str = field(default="labels", metadata={"help": "labels or leave_one_out."})
+    targets: str = field(default="labels", metadata={"help": "labels, leave_one_out or leave_many_out."})
+    left_out_share: float = field(default=0.6, metadata={"help": "Share of tokens hidden at once (leave_many_out)."})
+    left_out_draws: int = field(default=1, metadata={"help": "Forwards for each state (leave_many_out)."})
     artifacts: str = field(default="look_back", metadata={"help": "look_back, one_step, uniform or filled."})
     min_artifacts: int = field(default=1, metadata={"help": "Fewest artifacts in a row."})
     max_artifacts: int = field(default=8, metadata={"help": "Most artifacts in a row; n of one_step."})
@@ -62,13 +69,17 @@ class CorrectionHeadConfig(WrappedTrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         choices = {
-            "targets": ("labels", "leave_one_out"),
+            "targets": ("labels", "leave_one_out", "leave_many_out"),
             "artifacts": tuple(ARTIFACTS),
             "average_over": ("tokens", "artifacts"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` must be one of {', '.join(map(repr, allowed))}.")
+        if not 0 < self.left_out_share <= 1:
+            raise ValueError(f"`left_out_share={self.left_out_share}` must be above 0 and up to 1.")
+        if self.left_out_draws < 1:
+            raise ValueError(f"`left_out_draws={self.left_out_draws}` must be at least 1.")
         if self.wrong_weight <= 0:
             raise ValueError(f"`wrong_weight={self.wrong_weight}` must be positive.")
         fields = self.__dataclass_fields__
@@ -98,7 +109,7 @@ class CorrectionHeadTrainer(WrappedModelTrainer):
 
     Rows are prompts and responses, into which artifacts are written (look-back by default, eq. 4.1), or states
     collected from real decoding by [`~dsc_hf.evaluation.collect_states`] (`state_ids` instead of `response_ids`; for
-    `targets="leave_one_out"`). Evaluation is that of [`WrappedModelTrainer`].
+    targets that need no labels). Evaluation is that of [`WrappedModelTrainer`].
 
     Args:
         model ([`DSCForMaskedDiffusion`]): the wrapped backbone.
@@ -135,7 +146,7 @@ class CorrectionHeadTrainer(WrappedModelTrainer):
         model: DSCForMaskedDiffusion = self.accelerator.unwrap_model(self.model)
         attention_mask, labels = inputs["attention_mask"], inputs["labels"]
         response = labels != IGNORE_INDEX
-        if self.args.targets == "leave_one_out" and "is_state" in inputs:
+        if self.args.targets != "labels" and "is_state" in inputs:
             ids = inputs["input_ids"]
             counted = response & (ids != model.config.mask_token_id)
         else:
@@ -145,6 +156,13 @@ class CorrectionHeadTrainer(WrappedModelTrainer):
                 counted = made.written
         if self.args.targets == "leave_one_out":
             targets = leave_one_out_probabilities(model, ids, response, attention_mask)
+        elif self.args.targets == "leave_many_out":
+            share, draws = self.args.left_out_share, self.args.left_out_draws
+            predict, mask_token_id = self.predictor(attention_mask), model.config.mask_token_id
+            targets, known = leave_many_out_probabilities(
+                predict, ids, response, mask_token_id, share, draws, generator
+            )
+            counted = counted & known
         return {"input_ids": ids, "attention_mask": attention_mask, "targets": targets, "counted": counted}
 
     def count_items(self, inputs):

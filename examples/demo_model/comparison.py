@@ -8,6 +8,8 @@ journal, so that a stopped run goes on where it was.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import statistics
 import time
 from argparse import Namespace
@@ -17,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from report import differences, markdown, save, setup, short, solved_bits
 from solve import Solved, faster_dtype, generate_batch, solve
 from systems import MODELS, SYSTEMS, System
 from transformers import AutoModel, AutoTokenizer
@@ -24,11 +28,13 @@ from transformers.utils import logging
 from word_problems import draw_problems
 
 import dsc_hf  # noqa: F401  (registers the Auto classes)
-from dsc_hf.evaluation.curves import comparison, plot_curves
+from dsc_hf.evaluation.curves import plot_curves
 from dsc_hf.evaluation.request_log import RequestLog, key_of
 
-BUDGETS = (10, 15, 20, 30, 50)
+BUDGETS = (10, 15, 20, 50)
 """Forward passes for a problem; a setting belongs to the lowest budget that holds it."""
+
+VALIDATION_SEED = 100
 
 Settings = dict[str, Any]
 
@@ -48,18 +54,39 @@ def load(name: str, dtype: torch.dtype):
     return AutoModel.from_pretrained(MODELS[name], dtype=dtype).eval()
 
 
+Job = tuple[str, Settings, str, int, int]
+"""Model, settings, split, seed, number of problems."""
+
+
+def weights_of(name: str, head: bool) -> str:
+    """A hash of the weights that a job depends on: the backbone's, its adapter's and, if it is asked, the head's."""
+    files = [MODELS["dsc"].parent / "word-problems-backbone" / "model.safetensors"]
+    files += sorted((MODELS[name] / "base_adapter").glob("*.safetensors"))
+    if head:
+        files += [MODELS[name] / "model.safetensors", MODELS[name] / "config.json"]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 class Runner:
-    """Solves problems with systems, each job once.
+    """Solves problems with systems, each job once. Processes of one `accelerate launch` share the jobs.
 
     Args:
-        journal ([`RequestLog`]): what was run already.
+        folder (`Path`): of the journal, which knows what was run already (with the same weights).
         dtype (`torch.dtype`, *optional*): of the backbone; by default the faster one.
     """
 
-    def __init__(self, journal: RequestLog, dtype: torch.dtype | None = None):
-        self.journal, self.dtype = journal, dtype or faster_dtype()
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None):
+        self.folder, self.processes = folder, PartialState(cpu=True)
+        self.journal, self.dtype = self._open(), dtype or faster_dtype()
         self.loaded: tuple[str, Any] = ("", None)
         self.tokenizer = AutoTokenizer.from_pretrained(MODELS["dsc"])
+        self.weights = functools.cache(weights_of)
+
+    def _open(self) -> RequestLog:
+        return RequestLog(self.folder, self.processes.process_index, name="journal")
 
     def model(self, name: str):
         """One of `MODELS`; the last one is kept."""
@@ -69,13 +96,23 @@ class Runner:
 
     def run(self, model: str, settings: Settings, split: str, seed: int, problems: int) -> dict[str, Any]:
         """Solve `problems` problems of a split; from the journal if that was done before."""
+        weights = self.weights(model, settings.get("remasking_score") == "head")
         job = {"model": model, "settings": settings, "split": split, "seed": seed, "problems": problems}
-        key = key_of(job)
+        key = key_of(job, weights)
         if key not in self.journal:
             drawn = draw_problems(problems, seed, split)
             solved = solve(self.model(model), self.tokenizer, drawn, batch_size=100, generator=seed, **settings)
             self.journal.append([{"key": key, "job": job, "dtype": str(self.dtype), **_record(solved)}])
         return self.journal[key]
+
+    def run_all(self, jobs: Sequence[Job], what: str) -> None:
+        """Run jobs, each process its share, under a progress bar; afterwards all processes know all results."""
+        own = jobs[self.processes.process_index :: self.processes.num_processes]
+        for job in (bar := logging.tqdm(own, desc=what, disable=not self.processes.is_main_process)):
+            bar.set_postfix_str(f"{job[0]}, {short(job[1])}, {job[2]} seed {job[3]}")
+            self.run(*job)
+        self.processes.wait_for_everyone()
+        self.journal = self._open()
 
 
 def _record(solved: Solved) -> dict[str, Any]:
@@ -84,12 +121,6 @@ def _record(solved: Solved) -> dict[str, Any]:
     summary = solved.summary()
     del summary["problems"]
     return {**summary, **bits}
-
-
-def solved_bits(record: dict[str, Any], name: str) -> np.ndarray:
-    """`right` or `valid` of each problem of a record, `(problems,)` of bool."""
-    packed = np.frombuffer(bytes.fromhex(record[name]), dtype=np.uint8)
-    return np.unpackbits(packed, count=record["job"]["problems"]).astype(bool)
 
 
 def choose(
@@ -138,7 +169,6 @@ def measure(
     problems: int,
     seeds: Sequence[int],
     validation_problems: int,
-    validation_seed: int = 100,
 ) -> list[dict[str, Any]]:
     """Choose and measure all systems.
 
@@ -146,20 +176,29 @@ def measure(
         `list[dict]`: a row for each system and setting: `method, label, settings, budget, accuracy, standard_error,
         reasoning_accuracy, forward_passes, remasks, problems, seeds` and `records`, those of the journal, one a seed.
     """
-    chosen = {}
-    for system in logging.tqdm(systems, desc="Choosing settings"):
-        chosen[system.name] = choose(runner, system, validation_problems, validation_seed)
-    jobs = [(s, budget, settings) for s in systems for budget, settings in chosen[s.name].items()]
-    bar = logging.tqdm(total=len(jobs) * len(seeds), desc="Solving test problems")
-    records: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for seed in seeds:  # whole comparisons first, further seeds later
-        for system, budget, settings in jobs:
-            bar.set_postfix_str(f"{system.name}, seed {seed}")
-            record = runner.run(system.model, settings, "test", seed, problems)
-            records.setdefault((system.name, budget), []).append(record)
-            bar.update()
-    bar.close()
-    return [summarise(s, budget, settings, records[s.name, budget]) for s, budget, settings in jobs]
+    tried = [(system, settings) for system in systems for settings in system.settings()]
+    validation = ("validation", VALIDATION_SEED, validation_problems)
+    runner.run_all([(system.model, settings, *validation) for system, settings in tried], "Choosing settings")
+    chosen = [
+        (system, budget, settings)
+        for system in systems
+        for budget, settings in choose(runner, system, validation_problems, VALIDATION_SEED).items()
+    ]
+    return measure_chosen(runner, chosen, problems, seeds)
+
+
+def measure_chosen(
+    runner: Runner, chosen: Sequence[tuple[System, float, Settings]], problems: int, seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The rows of systems with their settings on test problems: whole comparisons first, further seeds later."""
+    jobs = [(system.model, settings, "test", seed, problems) for seed in seeds for system, _, settings in chosen]
+    runner.run_all(jobs, "Solving test problems")
+    return [
+        summarise(
+            system, budget, settings, [runner.run(system.model, settings, "test", seed, problems) for seed in seeds]
+        )
+        for system, budget, settings in chosen
+    ]
 
 
 def summarise(system: System, budget: float, settings: Settings, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -182,17 +221,6 @@ def summarise(system: System, budget: float, settings: Settings, records: list[d
     }
 
 
-def paired_difference(a: dict[str, Any], b: dict[str, Any], name: str = "right") -> tuple[float, float]:
-    """Mean difference of two rows on the same problems and its standard error, in points."""
-    difference = np.concatenate(
-        [
-            solved_bits(x, name).astype(float) - solved_bits(y, name)
-            for x, y in zip(a["records"], b["records"], strict=True)
-        ]
-    )
-    return 100 * float(difference.mean()), 100 * float(difference.std() / len(difference) ** 0.5)
-
-
 def compare_all(runner: Runner, args: Namespace) -> None:
     """Measure every system (or `args.systems`), print the table, write `comparison.json` and the plots."""
     unknown = sorted(set(args.systems or ()) - set(SYSTEMS))
@@ -202,45 +230,16 @@ def compare_all(runner: Runner, args: Namespace) -> None:
     for system in systems:
         require(system.model)
     rows = measure(runner, systems, args.problems, args.seeds, args.validation_problems)
+    if not runner.processes.is_main_process:
+        return
     costs = measure_costs(runner, [SYSTEMS["plain"], *(s for s in systems if s.name != "plain")])
     for row in rows:
         row["compute"] = round(row["forward_passes"] * costs[row["method"]], 3)
-    print_rows(rows, "All systems on the demo model", args)
-    save(rows, args.output_dir / "comparison.json")
+    aups = save(rows, args.output_dir / "comparison.json")
+    text = markdown(rows, "All systems on the demo model", args, aups) + differences(rows, "dsc")
+    print(text)
+    (args.output_dir / "comparison.md").write_text(text)
     labels = {system.name: system.label for system in systems}
     for x in ("forward_passes", "compute"):
-        plot_curves(rows, args.output_dir / f"comparison_{x}", x=x, title=_setup(args), labels=labels)
-    print(f"Wrote comparison.json and comparison_{{forward_passes,compute}}.{{png,svg}} in {args.output_dir}.")
-
-
-def _setup(args: Namespace) -> str:
-    return f"{args.problems} held-back problems for each of {len(args.seeds)} seeds; bars: standard error"
-
-
-def print_rows(rows: list[dict[str, Any]], title: str, args: Namespace) -> None:
-    """A Markdown table."""
-    print(f"\n{title} ({_setup(args).partition(';')[0]}; ± one standard error)\n")
-    print("| system | settings | accuracy (%) | whole reasoning (%) | passes | compute | remasks |")
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        compute = f"{row['compute']:.1f}" if "compute" in row else ""
-        print(
-            f"| {row['label']} | {_short(row['settings'])} | {100 * row['accuracy']:.1f} ± "
-            f"{100 * row['standard_error']:.1f} | {100 * row['reasoning_accuracy']:.1f} | {row['forward_passes']:.1f} "
-            f"| {compute} | {row['remasks']:.1f} |"
-        )
-
-
-def _short(settings: Settings) -> str:
-    """The arguments that differ between the settings of one system."""
-    names = {"tokens_per_step": "k", "confidence_threshold": "confidence", "entropy_bound": "nats"}
-    names |= {"remask_threshold": "τ", "remask_budget": "budget", "remdm_eta": "η"}
-    names |= {"corrector_stride": "N", "corrector_steps": "S"}
-    return ", ".join(f"{short} {settings[name]}" for name, short in names.items() if name in settings)
-
-
-def save(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write rows (without the records of the journal) as a checked `comparison.json`."""
-    kept = [{k: v for k, v in row.items() if k not in ("records", "label")} for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    comparison([{"compute": row["forward_passes"], **row} for row in kept], path=path)
+        plot_curves(rows, args.output_dir / f"comparison_{x}", x=x, title=setup(args), labels=labels)
+    print(f"Wrote comparison.{{json,md}} and comparison_{{forward_passes,compute}}.{{png,svg}} in {args.output_dir}.")

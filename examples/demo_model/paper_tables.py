@@ -4,20 +4,22 @@ Where the paper has four tasks (tables 2 to 5: GSM8K, MATH, MBPP, HumanEval) the
 those with 2, 3 and 4 operations. Beside the paper's head stands the shipped one (*distilled*). Free arguments of a
 remasker are chosen on validation problems for each number of tokens a step `k`, of those that need at most half as
 many forward passes again as plain decoding. Rows marked *equal remasks* take back exactly `EQUAL_REMASKS` tokens a
-block, the worst by each score, in as many passes as plain decoding: what is left is the score.
+block at `k = 3`, the worst by each score, in as many passes as plain decoding: what is left is the score.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from argparse import Namespace
 from typing import Any
 
 import numpy as np
-from comparison import Runner, Settings, choose, print_rows, save, solved_bits, summarise
+from comparison import VALIDATION_SEED, Runner, Settings, choose, measure_chosen
+from report import markdown, save, solved_bits
 from systems import ANYWHERE, SYSTEMS, System
 from word_problems import draw_problems
 
-EQUAL_REMASKS = 6
+EQUAL_REMASKS, EQUAL_REMASKS_SPEED = 6, 3
 ALL_SPEEDS = (1, 2, 3, 4, 5)
 TABLES = {
     1: "Joint optimisation against frozen backbone and head (the paper: SMDM on GSM8K, k = K = d = 2)",
@@ -75,28 +77,34 @@ def systems_of(number: int) -> list[tuple[System, tuple[int, ...]]]:
     if number <= 5:
         return [(system, ALL_SPEEDS) for system in (plain(), SYSTEMS["paper"], SYSTEMS["dsc"])]
     names = ("paper", "look_back", "one_step", "uniform", "dsc") if number == 6 else ("paper", "dsc", "random")
-    systems = [plain(), *(SYSTEMS[name] for name in names), *(equal_remasks(name) for name in names)]
-    return [(system, ALL_SPEEDS[1:]) for system in systems]
+    systems = [(system, ALL_SPEEDS[1:]) for system in (plain(), *(SYSTEMS[name] for name in names))]
+    return systems + [(equal_remasks(name), (EQUAL_REMASKS_SPEED,)) for name in names]
 
 
 def choose_at(runner: Runner, system: System, k: int, args: Namespace) -> Settings:
     """The most accurate setting of a system at `k` tokens a step, on validation problems."""
-    system = System(system.name, system.label, system.model, system.arguments, ({"tokens_per_step": k},), system.grid)
+    system = at_speed(system, k)
     settings = list(system.settings())
     if len(settings) == 1:
         return settings[0]
-    chosen = choose(runner, system, args.validation_problems, budgets=(60 / k, float("inf")))
+    chosen = choose(runner, system, args.validation_problems, VALIDATION_SEED, budgets=(60 / k, float("inf")))
     return next(iter(chosen.values()))
+
+
+def at_speed(system: System, k: int) -> System:
+    """A system at one number of tokens a step."""
+    return dataclasses.replace(system, speeds=({"tokens_per_step": k},))
 
 
 def rows_of(number: int, runner: Runner, args: Namespace) -> list[dict[str, Any]]:
     """All rows of a table, measured."""
-    rows = []
-    for system, speeds in systems_of(number):
-        for k in speeds:
-            settings = choose_at(runner, system, k, args)
-            records = [runner.run(system.model, settings, "test", seed, args.problems) for seed in args.seeds]
-            rows.append(summarise(system, k, settings, records))
+    wanted = [(system, k) for system, speeds in systems_of(number) for k in speeds]
+    tried = [(system, list(at_speed(system, k).settings())) for system, k in wanted]
+    validation = ("validation", VALIDATION_SEED, args.validation_problems)
+    jobs = [(system.model, own, *validation) for system, settings in tried if len(settings) > 1 for own in settings]
+    runner.run_all(jobs, "Choosing settings")
+    chosen = [(system, k, choose_at(runner, system, k, args)) for system, k in wanted]
+    rows = measure_chosen(runner, chosen, args.problems, args.seeds)
     return [with_operations(row, number - 1) for row in rows] if number in (3, 4, 5) else rows
 
 
@@ -119,9 +127,13 @@ def with_operations(row: dict[str, Any], operations: int) -> dict[str, Any]:
 
 
 def table(number: int, runner: Runner, args: Namespace) -> None:
-    """Measure and print one table; `table_<number>.json` beside the journal."""
+    """Measure and print one table; `table_<number>.{md,json}` beside the journal."""
     rows = rows_of(number, runner, args)
-    print_rows(rows, f"Table {number}. {TABLES[number]}", args)
+    if not runner.processes.is_main_process:
+        return
+    text = markdown(rows, f"Table {number}. {TABLES[number]}", args)
+    print(text)
+    (args.output_dir / f"table_{number}.md").write_text(text)
     save(rows, args.output_dir / f"table_{number}.json")
 
 
@@ -130,7 +142,10 @@ def figure(number: int, runner: Runner, args: Namespace) -> None:
     from dsc_hf.evaluation.curves import plot_curves
 
     rows = rows_of({1: 2, 2: 6, 3: 7}[number], runner, args)
+    if not runner.processes.is_main_process:
+        return
     labels = {row["method"]: row["label"] for row in rows}
+    rows = [row | {"tokens_per_step": row["settings"]["tokens_per_step"]} for row in rows]
     x = "tokens_per_step" if number == 1 else "forward_passes"
     files = plot_curves(rows, args.output_dir / f"figure_{number}", x=x, title=FIGURES[number], labels=labels)
     print(f"Figure {number}. {FIGURES[number]}: {' and '.join(map(str, files))}")

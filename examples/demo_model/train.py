@@ -58,10 +58,15 @@ def run(name: str, seconds: dict[str, float], script: str, *arguments: str, **op
 
 
 def lay_out(source: Path, target: Path) -> None:
-    """Copy a trained model as a Hub snapshot: no optimizer states, no pickles."""
+    """Copy a trained model as a snapshot: no optimizer states, no pickles, no code (the package's is used)."""
     target.mkdir(parents=True, exist_ok=True)
     for name in SNAPSHOT:
         shutil.copyfile(source / name, target / name)
+    if (source / "base_adapter").is_dir():
+        shutil.copytree(source / "base_adapter", target / "base_adapter", dirs_exist_ok=True)
+    config = json.loads((target / "config.json").read_text())
+    config.pop("auto_map", None)
+    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def main() -> None:

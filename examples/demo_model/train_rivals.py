@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
-from train import BACKBONE, DATA, GENERATION, HEAD_MODEL, HEAD_TRAINING, HERE, ROOT, SNAPSHOT, TRAINING, run
+from train import BACKBONE, DATA, GENERATION, HEAD_MODEL, HEAD_TRAINING, HERE, ROOT, TRAINING, lay_out, run
 
 CARDS = ROOT / "model_cards"
 
@@ -34,15 +33,6 @@ RIVALS: dict[str, tuple[str, list[str]]] = {
     "proseco": ("train_proseco.py", [*LORA, *SLOW]),
 }
 """Script and options of each."""
-
-
-def lay_out(source: Path, target: Path) -> None:
-    """Copy a trained model as a Hub snapshot."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in SNAPSHOT:
-        shutil.copyfile(source / name, target / name)
-    if (source / "base_adapter").is_dir():
-        shutil.copytree(source / "base_adapter", target / "base_adapter", dirs_exist_ok=True)
 
 
 def main() -> None:
