@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from head_features import Features, features_of
-from head_states import LENGTHS, States
+from head_states import LENGTHS, SHARES, States
 from transformers.utils import logging
 
 from dsc_hf.correction_head import reread_inputs
@@ -31,6 +31,7 @@ DECODES: dict[str, dict[str, Any]] = {
 """The decodes whose states are judged; the head of the fourth is the shipped one."""
 
 RIVALS = ("visible", "leave_one_out", "written", "visible+leave_one_out")
+RIVALS += tuple(f"many_out_{share}" for share in SHARES)
 LEAST_ERROR_RATE = 0.005
 """States with fewer wrong tokens don't count in means over decodes."""
 QUALITIES = ("auroc", "average_precision")
@@ -128,6 +129,8 @@ class Examination:
             scores["visible"][name] = torch.sigmoid(seen).numpy()
             scores["leave_one_out"][name] = 1 - states.left_out
             scores["written"][name] = 1 - states.written
+            for i, share in enumerate(SHARES):  # a token that was never hidden is not suspected
+                scores[f"many_out_{share}"][name] = 1 - np.nan_to_num(states.many_out[..., i], nan=1.0)
             both = (seen - torch.logit(left_out.double(), 1e-7)) / 2
             scores["visible+leave_one_out"][name] = torch.sigmoid(both).float().numpy()
         return scores

@@ -23,7 +23,13 @@ from word_problems import MAX_RESPONSE_LENGTH, AnswerChecker, Problem, parse_pro
 
 from dsc_hf.evaluation import collect_states
 from dsc_hf.evaluation.states import left_pad
-from dsc_hf.training import Artifacts, ArtifactSampler, FutureContextAugmentation, leave_one_out_probabilities
+from dsc_hf.training import (
+    Artifacts,
+    ArtifactSampler,
+    FutureContextAugmentation,
+    leave_many_out_probabilities,
+    leave_one_out_probabilities,
+)
 from dsc_hf.training.artifacts import Predict, draw_region
 from dsc_hf.training.corruption import draw_times, mask_tokens
 from dsc_hf.unmasking import rank
@@ -34,6 +40,8 @@ from train_head import state_settings  # noqa: E402
 
 LENGTHS = {"max_new_tokens": MAX_RESPONSE_LENGTH, "block_length": BLOCK_LENGTH}
 STATES_PER_PROMPT = 8
+SHARES, DRAWS = (0.4, 0.6, 0.8), 3
+"""For leave-many-out: shares of the visible tokens that are hidden at once, and how often for each."""
 LOOK_BACK = ("look_back", "look_back_blocks", "look_back_steps", "look_back_block_steps")
 ON_POLICY = ("on_policy_plain", "on_policy")
 KINDS = (*LOOK_BACK, *ON_POLICY)
@@ -51,6 +59,8 @@ class States:
         correct (`np.ndarray`): `(N, R)` bool, hard labels: equal to the reference response (look-back), or in no
             conflict with the nearest valid answers (decodes).
         left_out (`np.ndarray`): `(N, R)` float32, leave-one-out probabilities; meaningless at masks.
+        many_out (`np.ndarray`): `(N, R, shares)` float32, leave-many-out probabilities for each of `SHARES`; NaN where
+            a token was never left out.
         written (`np.ndarray`): `(N, R)` float32, probabilities when written; NaN where there was no decode.
     """
 
@@ -59,6 +69,7 @@ class States:
     problem: np.ndarray
     correct: np.ndarray
     left_out: np.ndarray
+    many_out: np.ndarray
     written: np.ndarray
 
     def __len__(self) -> int:
@@ -239,12 +250,21 @@ class StateMaker:
         return lambda ids, places: self.model.read(ids, mask, positions, places=places)[0]
 
     def _with_targets(self, ids: torch.Tensor, real: torch.Tensor, problem, correct, written) -> States:
-        left_out = []
+        left_out, many_out, generator = [], [], torch.Generator().manual_seed(self.seed)
         parts = zip(ids.split(self.batch_size), real.split(self.batch_size), strict=True)
         for part, mask in logging.tqdm(parts, desc="Leaving tokens out", total=-(-len(ids) // self.batch_size)):
-            left_out.append(leave_one_out_probabilities(self.model, part, _response(part), mask))
-        left_out = torch.cat(left_out)[:, -MAX_RESPONSE_LENGTH:].numpy()
-        return States(ids.numpy().astype(np.int16), real.numpy().astype(bool), problem, correct, left_out, written)
+            response, predict = _response(part), self._predictor(mask)
+            left_out.append(leave_one_out_probabilities(self.model, part, response, mask))
+            found = [
+                leave_many_out_probabilities(
+                    predict, part, response, self.model.config.mask_token_id, share, DRAWS, generator
+                )
+                for share in SHARES
+            ]
+            many_out.append(torch.stack([value.masked_fill(~known, torch.nan) for value, known in found], -1))
+        left_out, many_out = (torch.cat(part)[:, -MAX_RESPONSE_LENGTH:].numpy() for part in (left_out, many_out))
+        real = real.numpy().astype(bool)
+        return States(ids.numpy().astype(np.int16), real, problem, correct, left_out, many_out, written)
 
 
 def _response(ids: torch.Tensor) -> torch.Tensor:

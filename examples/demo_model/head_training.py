@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from head_features import Features
-from head_states import States
+from head_states import SHARES, States
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
@@ -26,7 +27,7 @@ class Recipe:
 
     Args:
         states (`str`): one of `KINDS`, or `a+b` for half of each.
-        targets (`str`): `labels`, `leave_one_out`, or `both`: their mean.
+        targets (`str`): `labels`, `leave_one_out`, `many_out_<share>`, or a mean of two: `labels+leave_one_out`.
         taps (`tuple[int, ...]`): blocks whose outputs it reads, side by side.
         inputs (`str`): `none`, `reread`, or `written`: also the probability when written.
         head (`str`): `transformer`, `mlp`, or `linear`: of the re-read inputs only.
@@ -38,7 +39,7 @@ class Recipe:
     """
 
     states: str = "on_policy"
-    targets: str = "leave_one_out"
+    targets: str = "many_out_0.6"
     taps: tuple[int, ...] = (-2,)
     inputs: str = "reread"
     head: str = "transformer"
@@ -115,14 +116,18 @@ def batches(states: int, steps: int, batch_size: int, seed: int) -> Iterator[tor
 
 
 def targets_of(states: States, targets: str) -> torch.Tensor:
-    """`(N, R)`, how likely each token is correct."""
-    labels, left_out = torch.from_numpy(states.correct).float(), torch.from_numpy(states.left_out)
-    return {"labels": labels, "leave_one_out": left_out, "both": (labels + left_out) / 2}[targets]
+    """`(N, R)`, how likely each token is correct; NaN where that is not known."""
+    values = {"labels": states.correct.astype(np.float32), "leave_one_out": states.left_out}
+    values |= {f"many_out_{share}": states.many_out[..., i] for i, share in enumerate(SHARES)}
+    named = [torch.from_numpy(np.ascontiguousarray(values[name])) for name in targets.split("+")]
+    return torch.stack(named).mean(0)
 
 
 def train(head, recipe: Recipe, states: States, features: Features, mask_id: int, args, seed: int) -> dict[str, float]:
     """Train a head on states that the backbone has read; its loss over the last tenth, and the seconds it took."""
-    targets, counted = targets_of(states, recipe.targets), torch.from_numpy(states.visible(mask_id))
+    targets = targets_of(states, recipe.targets)
+    counted = torch.from_numpy(states.visible(mask_id)) & ~targets.isnan()
+    targets = targets.nan_to_num(0.0)
     steps = round(args.steps * recipe.length)
     optimizer = optimizer_of(head, recipe.learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(args.warmup_steps, steps // 4), steps)
