@@ -31,7 +31,7 @@ from solve import faster_dtype
 from train import BACKBONE, GENERATION, HEAD, ROOT
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
-from word_problems import draw_problems
+from word_problems import MAX_RESPONSE_LENGTH, draw_problems
 
 from dsc_hf import DSCForMaskedDiffusion
 from dsc_hf.backbones import load_backbone
@@ -134,12 +134,16 @@ class Study:
         return {name: result[name] for name in DECODES}
 
     def prepare_exams(self, taps: list[int]) -> None:
-        """Read the states of all splits and judge the scores that need no training."""
+        """Read the states of all splits and judge the scores that need no training here."""
+        config = self.reader.config
+        shipped = Recipe(taps=(config.tap_layer,), inputs="reread" if config.head_reread else "none")
+        taps = sorted({*taps, config.tap_layer})
         for split in self.in_turn(SPLITS):
             states = self.exam(split)
             features = {name: features_of(self.reader, part, taps) for name, part in states.items()}
             exam = Examination(states, self.mask_id)
             scores = exam.rival_scores(features)
+            scores["shipped"] = scores_of(self.reader.correction_head, shipped, features, MAX_RESPONSE_LENGTH)
             exam.reference = exam.qualities(scores["leave_one_out"])
             for name, values in scores.items():
                 if self.key(name, split, "mean") not in self.journal:
@@ -225,7 +229,7 @@ class Study:
         found = {name: VARIANTS[name].shape() for name in rows if name in VARIANTS}
         keys = {name: self.key("cost", shape) for name, shape in found.items()}
         costs = {name: self.journal[key]["cost"] for name, key in keys.items() if key in self.journal}
-        parts = [table("no training", {name: own for name, own in rows.items() if name not in VARIANTS}, costs)]
+        parts = [table("not trained here", {name: own for name, own in rows.items() if name not in VARIANTS}, costs)]
         for axis, variants in AXES.items():
             own = {name: rows[name] for name in ("base", *variants) if name in rows}
             if set(own) - {"base"}:
