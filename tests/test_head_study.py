@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "examples" / "demo_model"))
 
 import head_study  # noqa: E402
 from head_quality import RIVALS, Examination, weighted_quality  # noqa: E402
-from head_states import OwnStepsArtifacts, States, concatenate, kept  # noqa: E402
+from head_states import SHARES, OwnStepsArtifacts, States, concatenate, kept  # noqa: E402
 from head_training import Recipe, batches  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModel, AutoTokenizer  # noqa: E402
@@ -194,7 +194,9 @@ def make_states(problems=60, seed=0):
     generator = np.random.default_rng(seed)
     ids = generator.integers(2, 9, (problems, 30)).astype(np.int16)
     correct, share = generator.random((problems, 20)) < 0.9, generator.random((2, problems, 20)).astype(np.float32)
-    return States(ids, np.ones((problems, 30), bool), np.arange(problems, dtype=np.int32), correct, *share)
+    many_out = np.repeat(share[0][..., None], len(SHARES), -1)
+    problem = np.arange(problems, dtype=np.int32)
+    return States(ids, np.ones((problems, 30), bool), problem, correct, share[0], many_out, share[1])
 
 
 def test_gains_are_paired_and_decodes_without_errors_do_not_count():

@@ -45,7 +45,7 @@ MIXED = "look_back_block_steps+on_policy"
 FREE = ("leave_one_out", *(f"many_out_{share}" for share in SHARES))
 TARGETS = ("labels", *FREE, "labels+leave_one_out", "labels+many_out_0.6")
 AXES: dict[str, dict[str, dict[str, Any]]] = {
-    "targets": {target: {"targets": target} for target in TARGETS if target != Recipe.targets},
+    "targets": {f"{Recipe.states}-{t}": {"targets": t} for t in TARGETS if t != Recipe.targets},
     "states": {
         f"{states}-{targets}": {"states": states, "targets": targets}
         for states in (*KINDS, MIXED)
