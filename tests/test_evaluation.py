@@ -49,6 +49,27 @@ def test_states_are_those_that_the_decode_went_through(model):
         assert state in [step[index] for step in visited] and MASK in state
 
 
+def test_states_say_with_which_probability_their_tokens_were_written(model):
+    settings = {**SETTINGS[0], "remasking_score": "visible", "remask_threshold": 0.5, "remask_scope": "generated"}
+    prompts = [row.tolist() for row in prompt_ids(5, 3)]
+    output = model.generate(torch.tensor(prompts), output_history=True, return_dict_in_generate=True, **settings)
+    ids = torch.cat([torch.tensor(prompts), torch.full((3, 8), MASK)], 1)
+    expected = torch.ones(ids.shape)
+    for step in output.history:
+        logits = model(ids).logits
+        logits[..., MASK] = logits[..., TOKENS:] = -torch.inf
+        probabilities = logits.softmax(-1).gather(-1, step.sequences[..., None])[..., 0]
+        filled = step.unmasked & (step.sequences != MASK)
+        expected, ids = torch.where(filled, probabilities, expected), step.sequences
+        visible = step.sequences != MASK
+        torch.testing.assert_close(step.written[visible], expected[visible])
+    assert sum(int(step.remasked.sum()) for step in output.history)
+    states = collect_states(model, prompts, [settings], states_per_prompt=50, progress=False)
+    for state in states:
+        rows = [s.written[state["prompt_index"], 5:].tolist() for s in output.history]
+        assert state["written_probabilities"] in rows
+
+
 def test_same_seed_gives_the_same_states(model):
     prompts = [row.tolist() for row in prompt_ids(5, 4)]
     first, second = (collect_states(model, prompts, SETTINGS, 2, seed=5, progress=False) for _ in range(2))
@@ -70,27 +91,6 @@ def test_scores_of_states_equal_those_of_the_model(model):
         for name, expected in (("head", error), ("visible", visible)):
             assert np.isnan(scores[name][i]).tolist() == hidden.tolist()
             np.testing.assert_allclose(scores[name][i][~hidden], expected.detach()[~hidden], atol=1e-5)
-
-
-def test_probabilities_when_written_are_those_of_the_step_that_wrote(model):
-    prompts = [row.tolist() for row in prompt_ids(5, 2)]
-    states = collect_states(model, prompts, SETTINGS, states_per_prompt=9, progress=False)
-    before: dict[int, list[int]] = {}
-    for state in states:
-        previous = before.get(state["prompt_index"], [MASK] * 8)
-        logits = model(torch.tensor([state["prompt_ids"] + previous])).logits[0, -8:]
-        logits[:, MASK] = logits[:, TOKENS:] = -torch.inf
-        now = torch.tensor(state["state_ids"])
-        new = (now != MASK) & (torch.tensor(previous) == MASK)
-        assert new.any()
-        expected = logits.softmax(-1).gather(-1, now[:, None])[:, 0]
-        np.testing.assert_allclose(np.array(state["written_probabilities"])[new], expected[new].detach(), atol=1e-5)
-        before[state["prompt_index"]] = state["state_ids"]
-    scores = score_states(model, states, ["written"], batch_size=3)["written"]
-    for state, score in zip(states, scores, strict=True):
-        seen = np.array(state["state_ids"]) != MASK
-        np.testing.assert_allclose(score[seen], 1 - np.array(state["written_probabilities"])[seen], atol=1e-6)
-        assert np.isnan(score[~seen]).all()
 
 
 @pytest.mark.parametrize("guidance_scale", [None, 2.0])

@@ -104,6 +104,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return loss
 
 
+def muon_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What learns in a model: the matrices inside transformer blocks, which Muon is for, and all the rest."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            inside = parameter.dim() == 2 and "layers." in name
+            (matrices if inside else others).append(parameter)
+    return matrices, others
+
+
 class DiffusionTrainer(Trainer):
     """Base of the trainers: subclasses say how rows are corrupted and what the loss of each token is.
 
@@ -197,11 +207,7 @@ class DiffusionTrainer(Trainer):
         """AdamW as in `Trainer`, or Muon with AdamW if `muon_learning_rate` is given."""
         if self.args.muon_learning_rate is None or self.optimizer is not None:
             return super().create_optimizer(model)
-        matrices, others = [], []
-        for name, parameter in (self.model if model is None else model).named_parameters():
-            if parameter.requires_grad:
-                inside = parameter.dim() == 2 and "layers." in name
-                (matrices if inside else others).append(parameter)
+        matrices, others = muon_matrices(self.model if model is None else model)
         if not matrices or not others:
             raise ValueError(
                 f"`muon_learning_rate={self.args.muon_learning_rate}` needs both matrices inside `layers` and other "
