@@ -9,7 +9,8 @@ import torch
 from datasets import Dataset
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from ..remasking import Reading, head_score, visible_score
+from ..remasking import Reading, head_score, leave_one_out_score, visible_score
+from .reliability import calibration_error
 from .states import left_pad
 
 
@@ -37,22 +38,6 @@ def detection_quality(scores: np.ndarray, wrong: np.ndarray, threshold: float = 
     }
 
 
-def calibration_error(scores: np.ndarray, wrong: np.ndarray, bins: int = 10) -> float:
-    """Expected calibration error: `|mean score - share of wrong tokens|` in each of equally wide bins of the score,
-    averaged over the tokens (Guo et al., 2017). NaN of no tokens.
-
-    Args:
-        scores (`np.ndarray`): `(N,)`, error probabilities.
-        wrong (`np.ndarray`): `(N,)` of bool.
-        bins (`int`): how many.
-    """
-    if not len(wrong):
-        return float("nan")
-    bin_of = np.clip((scores * bins).astype(int), 0, bins - 1)
-    gaps = np.bincount(bin_of, weights=scores - wrong, minlength=bins)  # count times (mean score - error rate)
-    return float(np.abs(gaps).sum() / len(wrong))
-
-
 @torch.no_grad()
 def score_states(model, states: Dataset, names: Sequence[str], batch_size: int = 64) -> dict[str, list[np.ndarray]]:
     """Error probabilities of all tokens of decoding states.
@@ -60,13 +45,20 @@ def score_states(model, states: Dataset, names: Sequence[str], batch_size: int =
     Args:
         model ([`DSCForMaskedDiffusion`]): the model.
         states (`datasets.Dataset`): from [`collect_states`].
-        names (`list[str]`): scores: `head`, `visible`.
+        names (`list[str]`): scores: `head`, `visible`, `leave_one_out`; or `head_logit`, the head's score before the
+            sigmoid, which keeps apart what a probability rounds to 0 or 1.
         batch_size (`int`): states read at once.
 
     Returns:
         `dict`: for each score a list of `(response length,)` arrays, one a state, NaN at masked positions.
+
+    Raises:
+        `ValueError`: `leave_one_out` of a backbone that takes no 4D masks or position ids.
     """
-    functions = {"head": head_score, "visible": visible_score}
+    from ..training.leave_one_out import leave_one_out_probabilities  # which imports this package
+
+    functions = {"head": head_score, "visible": visible_score, "leave_one_out": leave_one_out_score}
+    functions["head_logit"] = lambda reading: -reading.error_logits
     results: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for start in range(0, len(states), batch_size):
         batch = states[start : start + batch_size]
@@ -74,10 +66,16 @@ def score_states(model, states: Dataset, names: Sequence[str], batch_size: int =
         ids, mask = (x.to(model.device) for x in left_pad(rows, model.config.pad_token_id or 0))
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         logits, hidden_states = model.read(ids, mask, positions)
-        error_logits = model.score(ids, logits, hidden_states, mask, positions) if "head" in names else None
+        asked = {"head", "head_logit"} & set(names)
+        error_logits = model.score(ids, logits, hidden_states, mask, positions) if asked else None
+        left_out = None
+        if "leave_one_out" in names:
+            lengths = torch.tensor([len(state) for state in batch["state_ids"]], device=ids.device)
+            response = torch.arange(ids.shape[1], 0, -1, device=ids.device) <= lengths[:, None]
+            left_out = leave_one_out_probabilities(model, ids, response, mask)
         logits[..., model.config.mask_token_id] = -torch.inf
         probabilities = logits.float().softmax(-1).gather(-1, ids[..., None])[..., 0]
-        reading = Reading(error_logits, probabilities)
+        reading = Reading(error_logits, probabilities, left_out)
         for name in names:
             scores = functions[name](reading).masked_fill(ids == model.config.mask_token_id, torch.nan).cpu().numpy()
             results[name] += [row[-len(state) :] for row, state in zip(scores, batch["state_ids"], strict=True)]

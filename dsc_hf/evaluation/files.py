@@ -8,7 +8,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextmanager
@@ -29,4 +32,19 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-__all__ = ["write_json", "written_aside"]
+def save_figure(figure: Figure, path: str | os.PathLike) -> list[Path]:
+    """Write a figure as PNG and as SVG (`curves` or `curves.png` gives both), whole or not at all; the same figure
+    gives the same files."""
+    from matplotlib import rc_context
+
+    path = Path(path)
+    base = path.with_suffix("") if path.suffix in (".png", ".svg") else path
+    files = [base.with_name(f"{base.name}.{kind}") for kind in ("png", "svg")]
+    for file in files:
+        metadata = {"Date": None} if file.suffix == ".svg" else None
+        with written_aside(file) as aside, rc_context({"svg.hashsalt": "dsc_hf"}):
+            figure.savefig(aside, dpi=150, metadata=metadata)
+    return files
+
+
+__all__ = ["save_figure", "write_json", "written_aside"]
