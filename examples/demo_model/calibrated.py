@@ -1,6 +1,6 @@
 """Do the head's error probabilities mean what they say, and does what was fitted on one task hold on another?
 
-    python examples/demo_model/calibrated.py                 # print the tables of docs/calibrated_probabilities.md
+    python examples/demo_model/calibrated.py --problems 50   # print the tables of docs/calibrated_probabilities.md
     python examples/demo_model/calibrated.py --save          # fit, and store it in the checkpoint that was read
 
 Temperature (T) and offset are fitted on states of decoding validation problems, and measured on states of test
