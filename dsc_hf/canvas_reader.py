@@ -251,7 +251,8 @@ class CanvasReader:
             allowed = allowed.gather(2, columns[:, None].expand(-1, columns.shape[1], -1)) & once[:, None]
         mask = additive_mask(allowed, head.score.weight.dtype)
         result = torch.full((len(columns), canvas.ids.shape[1]), torch.nan, device=columns.device)
-        result[here, columns] = head(states, reread, mask, view.positions, past_key_values=cache)
+        logits = head(states, reread, mask, view.positions, past_key_values=cache)
+        result[here, columns] = self.model.calibrated(logits)
         return result
 
     def _window(self, canvas, rows: torch.Tensor) -> torch.Tensor:

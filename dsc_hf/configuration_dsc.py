@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -24,7 +25,7 @@ TYPES = {
     **dict.fromkeys(("head_hidden_size", "head_intermediate_size", "head_num_attention_heads"), (int, None)),
     **dict.fromkeys(("head_num_layers", "tap_layer", "logits_shift"), (int,)),
     **dict.fromkeys(("head_reread", "head_trained", "attention_block_override"), (bool,)),
-    **dict.fromkeys(("rms_norm_eps", "rope_theta"), (float, int)),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta", "head_temperature", "head_offset"), (float, int)),
     "head_type": (str,),
     **dict.fromkeys(("base_config", "backbone_fingerprint"), (dict, None)),
     **dict.fromkeys(("base_model_name_or_path", "base_model_revision", "base_adapter"), (str, None)),
@@ -63,6 +64,9 @@ class DSCConfig(PreTrainedConfig):
         head_reread (`bool`, defaults to `True`): also let it read the visible token's probability, its logit, the
             entropy of the prediction there, and whether the position is masked. `False` gives the paper's head.
         head_trained (`bool`, defaults to `False`): whether it has been trained; an untrained head gives no scores.
+        head_temperature (`float`, defaults to 1.0), head_offset (`float`, defaults to 0.0): the head's logits are
+            divided by the one, then the other is added, so that error probabilities mean what they say; see
+            [`~dsc_hf.evaluation.calibrate_head`]. Training begins at 1 and 0. (Older checkpoints don't store them.)
         rms_norm_eps (`float`), rope_theta (`float`), initializer_range (`float`): of the head.
     """
 
@@ -91,6 +95,8 @@ class DSCConfig(PreTrainedConfig):
     head_intermediate_size: int | None = None
     head_reread: bool = True
     head_trained: bool = False
+    head_temperature: float = 1.0
+    head_offset: float = 0.0
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     initializer_range: float = 0.02
@@ -125,6 +131,12 @@ class DSCConfig(PreTrainedConfig):
                 raise ValueError(f"`{field}={value!r}` of the config must be {names}.")
         if self.head_type not in HEAD_TYPES:
             raise ValueError(f"`head_type={self.head_type!r}` must be one of {', '.join(HEAD_TYPES)}.")
+        if not 0 < self.head_temperature < math.inf:
+            raise ValueError(
+                f"`head_temperature={self.head_temperature}` must be positive and finite; 1 leaves the logits alone."
+            )
+        if not math.isfinite(self.head_offset):
+            raise ValueError(f"`head_offset={self.head_offset}` must be finite; 0 leaves the logits alone.")
         if self.backbone_hidden_size is None:  # transformers makes empty configs to compare with
             return
         if self.head_hidden_size is None:

@@ -240,10 +240,15 @@ def _describe_head(model: PreTrainedModel) -> str:
     config, depth = model.config, model.config.backbone_num_layers
     parameters = sum(parameter.numel() for parameter in model.correction_head.parameters())
     reread = " and how the base model sees the visible token" if config.head_reread else ""
+    temperature, offset = config.head_temperature, config.head_offset
+    calibrated = (
+        f"; calibrated: its logits / {temperature:.3g} + {offset:.3g}" if (temperature, offset) != (1, 0) else ""
+    )
     layers = f"{config.head_num_layers} bidirectional transformer layer(s)"
     return (
         f"{'an MLP on each token' if config.head_type == 'mlp' else layers} of width {config.head_hidden_size}, "
         f"{parameters:,} parameters; reads the output of block {config.tap_layer % depth + 1} of {depth}{reread}"
+        f"{calibrated}"
     )
 
 

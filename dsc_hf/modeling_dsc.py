@@ -37,7 +37,7 @@ class DSCOutput(ModelOutput):
     Args:
         loss (`torch.Tensor`, *optional*): scalar, eq. 4.1, if `labels` were given.
         logits (`torch.Tensor`): `(B, L, V)`, position `i` predicts token `i`.
-        error_logits (`torch.Tensor`, *optional*): `(B, L)`, the logit that token `i` is *correct*:
+        error_logits (`torch.Tensor`, *optional*): `(B, L)`, the logit that token `i` is *correct*, calibrated:
             `P_error = sigmoid(-error_logits)`. None if the head was not asked.
     """
 
@@ -180,9 +180,9 @@ class DSCForMaskedDiffusion(DSCWrappingMixin, DSCCheckpointMixin, DSCGenerationM
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
     ) -> torch.Tensor:
-        """The head's logits for *correct*, `(B, L)`, from what [`read`] returned for the same inputs. It sees what the
-        backbone sees: no later block of a block-causal one. Gradients reach a backbone that learns through
-        its states, not through the logits that the head reads."""
+        """The head's logits for *correct*, calibrated, `(B, L)`, from what [`read`] returned for the same inputs. It
+        sees what the backbone sees: no later block of a block-causal one. Gradients reach a backbone that learns
+        through its states, not through the logits that the head reads."""
         if self.config.attention_block_length is not None:
             attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             allowed = allowed_attention(self.config, attention_mask, position_ids)
@@ -190,7 +190,11 @@ class DSCForMaskedDiffusion(DSCWrappingMixin, DSCCheckpointMixin, DSCGenerationM
         reread = None
         if self.config.head_reread:
             reread = reread_inputs(logits.detach(), input_ids, self.config.mask_token_id)
-        return self.correction_head(hidden_states, reread, attention_mask, position_ids)
+        return self.calibrated(self.correction_head(hidden_states, reread, attention_mask, position_ids))
+
+    def calibrated(self, head_logits: torch.Tensor) -> torch.Tensor:
+        """The logits of the head itself over the stored temperature, plus the stored offset (Platt, 1999)."""
+        return head_logits / self.config.head_temperature + self.config.head_offset
 
     def forward(
         self,

@@ -23,8 +23,10 @@ from dsc_hf.fingerprint import backbone_fingerprint, refuse_other_backbone
 
 @pytest.fixture
 def saved(backbone_folder, tmp_path):
-    """A model on the backbone in `tmp_path/backbone`, saved head-only in `tmp_path/head`."""
+    """A model on the backbone in `tmp_path/backbone`, with calibrated probabilities, saved head-only in
+    `tmp_path/head`."""
     model = make_model(load_backbone(str(backbone_folder)))
+    model.config.head_temperature, model.config.head_offset = 1.5, 0.25
     model.save_pretrained(tmp_path / "head")
     return tmp_path / "head", model
 

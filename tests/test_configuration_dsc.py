@@ -64,12 +64,15 @@ def test_round_trip(tmp_path):
         tap_layer=1,
         head_reread=False,
         head_trained=True,
+        head_temperature=1.5,
+        head_offset=-0.5,
         eos_token_id=[1, 5],
         rope_theta=5000.0,
     )
     config.save_pretrained(tmp_path)
     again = DSCConfig.from_pretrained(tmp_path)
     assert again.to_dict() == config.to_dict() | {"transformers_version": again.to_dict()["transformers_version"]}
+    assert (again.head_temperature, again.head_offset) == (1.5, -0.5)
     assert again.eos_token_id == [1, 5] and again.head_trained and again.logits_shift == 1
 
 
@@ -109,6 +112,12 @@ def test_a_missing_field_is_no_default(tmp_path, field, auto):
         ({"mask_token_id": 32}, "`mask_token_id=32` is outside the backbone's 32 embeddings"),
         ({"mask_token_id": -1}, "`mask_token_id=-1` is outside"),
         ({"base_config": {"a": 1}}, "`base_config` lacks `model_type`"),
+        ({"head_temperature": 0.0}, "`head_temperature=0.0` must be positive and finite"),
+        ({"head_temperature": -1.0}, "`head_temperature=-1.0` must be positive"),
+        ({"head_temperature": float("nan")}, "`head_temperature=nan` must be positive"),
+        ({"head_temperature": None}, "head_temperature"),
+        ({"head_offset": float("inf")}, "`head_offset=inf` must be finite"),
+        ({"head_offset": "1"}, "head_offset"),
         ({"backbone_fingerprint": "abc"}, "backbone_fingerprint"),
         ({"padding_mask": "weird"}, "`padding_mask='weird'` must be one of 2d, "),
         ({"base_config": {"model_type": "bert"}, "base_adapter": "x"}, "`base_adapter='x'` belongs to a head-only"),

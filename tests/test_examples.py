@@ -101,6 +101,7 @@ def test_rivals_train_evaluate_and_load_by_auto_class(start, backbone, name, tmp
     assert "eval_visible_calibration_error" in out and ("eval_fire_rate" in out) == (name != "proseco")
     model = AutoModel.from_pretrained(tmp_path / "out")
     assert model.config.head_trained == (name != "proseco") and model.generation_config.remask_threshold == 0.3
+    assert (model.config.head_temperature != 1) == (name != "proseco") == ("calibration_error_after" in out)
     assert model.config.base_adapter == ("base_adapter" if name == "joint" else None)
     assert (model.config.base_config is not None) == (name == "proseco")
     assert model.generate(torch.tensor([[5, 6]])).shape == (1, 50)

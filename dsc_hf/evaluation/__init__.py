@@ -1,10 +1,13 @@
-"""Measuring: detection quality of scores on the states that decoding visits, the diagnosis of a model, calibration,
-and the comparison of systems by accuracy against passes. The lm-eval model, `lm_eval_model`, is not imported here."""
+"""Measuring: detection quality of scores on the states that decoding visits, the diagnosis of a model, the choice of
+thresholds, calibrated probabilities, and the comparison of systems by accuracy against passes. The lm-eval model is in
+`lm_eval_model`, which is not imported here."""
 
 from .calibration import Calibration, calibrate
 from .curves import aup, aup_by_method, comparison, plot_curves
 from .detection import detection_quality, score_states
 from .diagnosis import diagnose
+from .head_calibration import calibrate_head, set_head_calibration, translate_threshold
+from .reliability import plot_reliability, reliability
 from .states import collect_states
 from .systems import SYSTEMS
 
@@ -14,10 +17,15 @@ __all__ = [
     "aup",
     "aup_by_method",
     "calibrate",
+    "calibrate_head",
     "collect_states",
     "comparison",
     "detection_quality",
     "diagnose",
     "plot_curves",
+    "plot_reliability",
+    "reliability",
     "score_states",
+    "set_head_calibration",
+    "translate_threshold",
 ]

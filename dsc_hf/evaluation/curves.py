@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import write_json, written_aside
+from .files import save_figure, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -183,20 +183,12 @@ def plot_curves(
     check_rows(rows, ("method", x, y))
     if y == "reasoning_accuracy" and any(row[y] is None for row in rows):
         raise ValueError("`y='reasoning_accuracy'`: a row has none; draw `accuracy`, or leave such rows out.")
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.5, 5.5), layout="constrained")
     _draw(figure.subplots(), rows, x, y, labels or {})
     figure.axes[0].set_title(title or "", fontsize=10)
-    path = Path(path)
-    base = path.with_suffix("") if path.suffix in (".png", ".svg") else path
-    files = [base.with_name(f"{base.name}.{kind}") for kind in ("png", "svg")]
-    for file in files:
-        metadata = {"Date": None} if file.suffix == ".svg" else None  # the same rows give the same file
-        with written_aside(file) as aside, rc_context({"svg.hashsalt": "dsc_hf"}):
-            figure.savefig(aside, dpi=150, metadata=metadata)
-    return files
+    return save_figure(figure, path)
 
 
 def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str, labels: Mapping[str, str]) -> None:

@@ -17,6 +17,7 @@ from ..decoding_options import DecodingOptions
 from ..prediction import judge, predict
 from ..remasking import ThresholdSelection
 from ..unmasking import FixedUnmasking
+from .reliability import calibration_error
 from .states import left_pad
 
 Judge = Callable[[Sequence[int], Sequence[int]], Sequence[bool]]
@@ -60,22 +61,6 @@ def detection_quality(scores: np.ndarray, wrong: np.ndarray, threshold: float = 
         "fire_rate": float(np.mean(scores > threshold)) if len(wrong) else float("nan"),
         "error_rate": rate,
     }
-
-
-def calibration_error(scores: np.ndarray, wrong: np.ndarray, bins: int = 10) -> float:
-    """Expected calibration error: `|mean score - share of wrong tokens|` in each of equally wide bins of the score,
-    averaged over the tokens (Guo et al., 2017). NaN of no tokens.
-
-    Args:
-        scores (`np.ndarray`): `(N,)`, error probabilities.
-        wrong (`np.ndarray`): `(N,)` of bool.
-        bins (`int`): how many.
-    """
-    if not len(wrong):
-        return float("nan")
-    bin_of = np.clip((scores * bins).astype(int), 0, bins - 1)
-    gaps = np.bincount(bin_of, weights=scores - wrong, minlength=bins)  # count times (mean score - error rate)
-    return float(np.abs(gaps).sum() / len(wrong))
 
 
 def best_threshold(scores: np.ndarray, wrong: np.ndarray) -> float:
@@ -125,8 +110,9 @@ def score_states(
 
     Args:
         model ([`DSCForMaskedDiffusion`]): the model.
-        states (`datasets.Dataset`): from [`collect_states`]; `written_probabilities` is needed for `written` only.
-        names (`list[str]`): scores, any of [`~dsc_hf.remasking.SCORES`].
+        states (`datasets.Dataset`): from [`collect_states`].
+        names (`list[str]`): of `SCORES`; or `head_logit`, the head's score before the sigmoid, which keeps apart what
+            a probability rounds to 0 or 1.
         batch_size (`int`): states read at once.
         guidance_scale (`float`, *optional*): of classifier-free guidance.
         seed (`int`): of the random score.
@@ -147,13 +133,13 @@ def score_states(
         canvas = _canvas(model, batch, "written" in names)
         judged = (canvas.blocks_cpu >= 0) & (canvas.ids != mask_id).cpu()
         for together in filter(None, readings):  # one reading; another with shadow masks
-            options.score = together[0]
-            prediction = predict(reader, canvas, options, judged, judged, "head" in together)
-            for options.score in together:
-                scores = judge(prediction, canvas, options).float().cpu().masked_fill(~judged, torch.nan).numpy()
-                results[options.score] += [
-                    row[-len(state) :] for row, state in zip(scores, batch["state_ids"], strict=True)
-                ]
+            options.score = together[0].removesuffix("_logit")
+            prediction = predict(reader, canvas, options, judged, judged, bool({"head", "head_logit"} & {*together}))
+            for name in together:
+                options.score = name
+                scores = -prediction.error_logits if name == "head_logit" else judge(prediction, canvas, options)
+                scores = scores.float().cpu().masked_fill(~judged, torch.nan).numpy()
+                results[name] += [row[-len(state) :] for row, state in zip(scores, batch["state_ids"], strict=True)]
     return results
 
 

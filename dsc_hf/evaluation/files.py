@@ -9,7 +9,10 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextmanager
@@ -48,4 +51,19 @@ def write_generation_config(model, settings: Mapping[str, Any], folder: str | os
         aside.write_bytes((Path(saved) / "generation_config.json").read_bytes())
 
 
-__all__ = ["write_generation_config", "write_json", "written_aside"]
+def save_figure(figure: Figure, path: str | os.PathLike) -> list[Path]:
+    """Write a figure as PNG and as SVG (`curves` or `curves.png` gives both), whole or not at all; the same figure
+    gives the same files."""
+    from matplotlib import rc_context
+
+    path = Path(path)
+    base = path.with_suffix("") if path.suffix in (".png", ".svg") else path
+    files = [base.with_name(f"{base.name}.{kind}") for kind in ("png", "svg")]
+    for file in files:
+        metadata = {"Date": None} if file.suffix == ".svg" else None
+        with written_aside(file) as aside, rc_context({"svg.hashsalt": "dsc_hf"}):
+            figure.savefig(aside, dpi=150, metadata=metadata)
+    return files
+
+
+__all__ = ["save_figure", "write_generation_config", "write_json", "written_aside"]

@@ -20,9 +20,13 @@ def key_of(*parts: Any) -> str:
 
 def weights_key(model: nn.Module) -> str:
     """A hash of a model's parameters and buffers: their names, dtypes, shapes and numbers; of those with more than
-    65,536 numbers at least half as many, spread evenly. A change of an adapter or a head is seen; of a few numbers in
-    a large matrix it need not be."""
+    65,536 numbers at least half as many, spread evenly. A change of an adapter or a head, or of its calibration, is
+    seen; of a few numbers in a large matrix it need not be."""
     digest = hashlib.sha256()
+    config = getattr(model, "config", None)
+    calibration = tuple(getattr(config, name, None) for name in ("head_temperature", "head_offset"))
+    if calibration not in ((1, 0), (None, None)):
+        digest.update(str(calibration).encode())
     for name, weight in model.state_dict().items():
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         if weight.device.type == "meta" or not weight.numel():

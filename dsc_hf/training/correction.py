@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..evaluation import set_head_calibration
 from ..modeling_dsc import DSCForMaskedDiffusion, correction_loss
 from .artifacts import ArtifactSampler, FutureContextAugmentation
 from .collator import IGNORE_INDEX
@@ -137,8 +138,10 @@ class CorrectionHeadTrainer(WrappedModelTrainer):
         model.freeze_backbone()
 
     def train(self, *args: Any, **kwargs: Any):
-        """Train; the head counts as trained from now on."""
+        """Train; the head counts as trained from now on, and as not calibrated: it learns by its own logits,
+        which a calibration of the head as it was no longer fits."""
         self.model.config.head_trained = True
+        set_head_calibration(self.model)
         return super().train(*args, **kwargs)
 
     def corrupt(self, inputs, generator):

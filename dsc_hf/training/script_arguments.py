@@ -46,6 +46,8 @@ class ModelArguments:
             head_reread (`bool`): of the head; see [`DSCConfig`].
         generation (`str`): JSON with decoding defaults to save, such as lengths and thresholds.
         judge (`str`, *optional*): `FILE.py:NAME` of a function that takes the tokenizer and returns the judge.
+        calibrate_head (`bool`): after training, calibrate the head's probabilities on decodes of evaluation rows;
+            see [`WrappedModelTrainer.calibrate_head`].
         resume (`bool`): go on from the last checkpoint in `output_dir`.
     """
 
@@ -65,6 +67,7 @@ class ModelArguments:
     judge: str | None = field(
         default=None, metadata={"help": "FILE.py:NAME of a function(tokenizer) that returns the judge for evaluation."}
     )
+    calibrate_head: bool = field(default=True, metadata={"help": "Calibrate the head on held-out decodes."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
 
     def load(
@@ -102,9 +105,12 @@ class ModelArguments:
             args.detection_threshold = json.loads(self.generation).get("remask_threshold")
 
     def train_and_save(self, trainer, **defaults: Any) -> None:
-        """Train, from the last checkpoint if asked for, and save with the decoding defaults."""
+        """Train, from the last checkpoint if asked for, calibrate a head, and save with the decoding defaults; a
+        threshold among these is one of calibrated probabilities."""
         folder = trainer.args.output_dir
         trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if self.resume else None)
+        if self.calibrate_head and trainer.model.config.head_trained:
+            trainer.calibrate_head()
         trainer.model.generation_config.update(**{**defaults, **json.loads(self.generation)})
         trainer.save_model()
         trainer.accelerator.end_training()

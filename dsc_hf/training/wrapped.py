@@ -11,15 +11,19 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers.utils import logging
 
 from ..adapters_dsc import ADAPTER_FOLDER, has_adapter, load_adapter_weights
-from ..evaluation import collect_states, detection_quality, score_states
+from ..evaluation import calibrate_head, collect_states, detection_quality, score_states
 from ..evaluation.detection import Judge, verdict
+from ..evaluation.head_calibration import HeadCalibration
 from ..generation_config_dsc import DSCGenerationConfig
 from ..model_card import make_model_card
 from ..modeling_dsc import DSCForMaskedDiffusion
 from .artifacts import Predict
 from .base import DiffusionTrainer, DiffusionTrainingArguments
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -116,10 +120,7 @@ class WrappedModelTrainer(DiffusionTrainer):
             rows (`datasets.Dataset`): `prompt_ids` and, without a judge, `response_ids`.
         """
         model: DSCForMaskedDiffusion = self.accelerator.unwrap_model(self.model)
-        model.eval()
-        if self._detection is None or model.backbone_learns:  # a backbone that has learnt visits other states
-            self._detection = self._collect(model, rows)
-        states, wrong = self._detection
+        states, wrong = self._judged_states(model, rows)
         scores = score_states(model, states, self.scores, self.args.per_device_eval_batch_size)
         threshold = self.args.detection_threshold
         if threshold is None:
@@ -134,6 +135,35 @@ class WrappedModelTrainer(DiffusionTrainer):
             result["error_rate"] = quality.pop("error_rate")
             result |= {key if name == "head" else f"{name}_{key}": value for key, value in quality.items()}
         return result
+
+    def calibrate_head(self) -> HeadCalibration | None:
+        """Calibrate the head's probabilities on states of decoding evaluation prompts, which nothing was trained on
+        ([`~dsc_hf.evaluation.calibrate_head`]): by the judge, or without one by leave-one-out probabilities.
+
+        Returns:
+            [`HeadCalibration`], or None where it can't be done: the probabilities stay, and the log says why.
+        """
+        model: DSCForMaskedDiffusion = self.accelerator.unwrap_model(self.model)
+        rows, size = self.eval_dataset, self.args.per_device_eval_batch_size
+        try:
+            if not isinstance(rows, Dataset):
+                raise ValueError("there are no held-out rows (`eval_dataset`; `--eval_rows` of the scripts).")
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "the model is sharded; load the saved one and use `dsc_hf.evaluation.calibrate_head`."
+                )
+            if self.judge is None:
+                fit = calibrate_head(model.eval(), self._decode(model, rows), batch_size=size)
+            else:
+                fit = calibrate_head(model, *self._judged_states(model, rows), batch_size=size)
+        except ValueError as error:
+            logger.warning(f"The head's probabilities are not calibrated: {error}")
+            return None
+        found = {"temperature": fit.temperature[1], "offset": fit.offset[1], "calibration_targets": fit.targets}
+        for name in ("calibration_error", "negative_log_likelihood"):
+            found[f"{name}_before"], found[f"{name}_after"] = getattr(fit, name)
+        self.log(found)
+        return fit
 
     def create_model_card(
         self,
@@ -161,15 +191,25 @@ class WrappedModelTrainer(DiffusionTrainer):
         )
         card.save(Path(self.args.output_dir) / "README.md")
 
-    def _collect(self, model: DSCForMaskedDiffusion, rows: Dataset) -> tuple[Dataset, list[np.ndarray]]:
-        """States of decoding evaluation prompts, and which of their tokens are wrong."""
-        rows = rows.select(range(min(self.args.detection_prompts, len(rows))))
+    def _judged_states(self, model: DSCForMaskedDiffusion, rows: Dataset) -> tuple[Dataset, list[np.ndarray]]:
+        """As of [`_collect`], collected once unless the backbone learns: then it visits other states each time."""
+        model.eval()
+        if self._detection is None or model.backbone_learns:
+            self._detection = self._collect(model, rows)
+        return self._detection
+
+    def _decode(self, model: DSCForMaskedDiffusion, rows: Dataset) -> Dataset:
+        """States of decoding evaluation prompts."""
+        prompts = rows.select(range(min(self.args.detection_prompts, len(rows))))["prompt_ids"]
         settings = self.args.detection_settings or [{"tokens_per_step": 3, "remasking_score": "none"}]
         if isinstance(settings, dict):
             settings = [settings]
         batch_size = self.args.per_device_eval_batch_size
-        states = collect_states(model, rows["prompt_ids"], settings, 4, batch_size, self.args.seed, progress=False)
-        wrong = []
+        return collect_states(model, prompts, settings, 4, batch_size, self.args.seed, progress=False)
+
+    def _collect(self, model: DSCForMaskedDiffusion, rows: Dataset) -> tuple[Dataset, list[np.ndarray]]:
+        """States of decoding evaluation prompts, and which of their tokens are wrong."""
+        states, wrong = self._decode(model, rows), []
         eos = self.processing_class.eos_token_id if self.processing_class else model.config.eos_token_id
         for state in states:
             if self.judge is not None:

@@ -90,6 +90,10 @@ print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
   precision {{ "%.3f" | format(detection.eval_average_precision) }}; the training-free visible probability
   {{ "%.3f" | format(detection.eval_visible_auroc) }} / {{ "%.3f" | format(detection.eval_visible_average_precision)
   }}.
+{%- if config.head_temperature is defined and config.head_temperature != 1 %}
+- **Error probabilities** are calibrated on these states: the head's logits over
+  {{ "%.3f" | format(config.head_temperature) }}, plus {{ "%.3f" | format(config.head_offset) }}.
+{%- endif %}
 - **Decoding defaults** are in `generation_config.json` (k = 3); those of the table, chosen on
   {{ settings.problems }} validation problems (seed {{ settings.seed }}), in `decoding_settings.json`.
   {{ settings.note }}

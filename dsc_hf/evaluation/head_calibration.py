@@ -1,0 +1,197 @@
+"""Error probabilities that mean what they say: temperature and offset of the head's logits, fitted on decodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+from scipy.optimize import minimize
+from transformers.utils import logging
+
+from ..generation_config_dsc import DSCGenerationConfig
+from ..remasking_selections import SELECTIONS
+from .detection import score_states
+from .reliability import calibration_error
+
+logger = logging.get_logger(__name__)
+
+TEMPERATURES = (0.05, 20.0)
+"""What is searched: labels that a threshold tells apart without a mistake would pull it to 0, a head that knows
+nothing to infinity."""
+OFFSETS = (-20.0, 20.0)
+
+
+@dataclass
+class HeadCalibration:
+    """What [`calibrate_head`] found; pairs are before and after, on the states that it was fitted on.
+
+    Args:
+        temperature (`tuple[float, float]`), offset (`tuple[float, float]`): the logit for *correct* is that of the
+            head itself over the temperature plus the offset.
+        calibration_error (`tuple[float, float]`): expected calibration error; see [`calibration_error`].
+        negative_log_likelihood (`tuple[float, float]`): mean for each token, in nats; what was minimised.
+        tokens (`int`): how many were judged.
+        error_rate (`float`): share of wrong tokens (of soft targets, their mean).
+        targets (`str`): `labels` or `leave_one_out`.
+    """
+
+    temperature: tuple[float, float]
+    offset: tuple[float, float]
+    calibration_error: tuple[float, float]
+    negative_log_likelihood: tuple[float, float]
+    tokens: int
+    error_rate: float
+    targets: str
+
+
+def calibrate_head(
+    model,
+    states: Dataset,
+    wrong: Sequence[np.ndarray] | None = None,
+    *,
+    judge: Callable[[Sequence[int], Sequence[int]], Sequence[bool]] | None = None,
+    offset: bool = True,
+    batch_size: int = 64,
+) -> HeadCalibration:
+    """Fit temperature and offset of the head's logits by the likelihood of which tokens are wrong (Guo et al., 2017;
+    Platt, 1999), and store them in the model ([`set_head_calibration`]: decoding by its stored threshold takes the
+    same decisions as before).
+
+    The order of the tokens stays, and with it AUROC and average precision. Use states of decodes that the head was not
+    trained on, of the kind and the difficulty that it will judge.
+
+    Args:
+        model ([`DSCForMaskedDiffusion`]): its config, and its stored `remask_threshold` if that is the head's, change.
+        states (`datasets.Dataset`): from [`collect_states`].
+        wrong (`list[np.ndarray]`, *optional*): which tokens are wrong, `(response length,)` a state.
+        judge (`Callable`, *optional*): instead: says so, given the ids of prompt and state. With neither, targets are
+            one minus the backbone's probability of each token given all others: no labels are needed, and the head's
+            probabilities then mean what the backbone believes.
+        offset (`bool`): fit the offset too; else it is 0.
+        batch_size (`int`): states read at once.
+
+    Returns:
+        [`HeadCalibration`].
+
+    Raises:
+        `ValueError`: the head is untrained or gives no numbers; there is no visible token, or none that is wrong or
+            none that is right; labels don't fit the states; or the backbone can't leave tokens out.
+    """
+    model.require_trained_head()
+    if wrong is not None and judge is not None:
+        raise ValueError("Give `wrong` or `judge`, not both.")
+    if not any(token != model.config.mask_token_id for state in states["state_ids"] for token in state):
+        raise ValueError("`states` has no visible token; collect some with `collect_states`.")
+    if judge is not None:
+        wrong = [judge(p, s) for p, s in zip(states["prompt_ids"], states["state_ids"], strict=True)]
+    scores = score_states(model, states, ["head_logit", *(["leave_one_out"] if wrong is None else [])], batch_size)
+    targets = scores["leave_one_out"] if wrong is None else wrong
+    logits, targets = _visible_tokens(states, scores["head_logit"], targets, model.config.mask_token_id)
+    before = (model.config.head_temperature, model.config.head_offset)
+    own = (logits + before[1]) * before[0]  # of the head itself, for *wrong*
+    after = _most_likely(own, targets, offset)
+    set_head_calibration(model, *after)
+    pairs = [(own / temperature - shift, targets) for temperature, shift in (before, after)]
+    return HeadCalibration(
+        *zip(before, after, strict=True),
+        calibration_error=tuple(calibration_error(_sigmoid(x), y) for x, y in pairs),
+        negative_log_likelihood=tuple(_negative_log_likelihood(x, y) for x, y in pairs),
+        tokens=len(targets),
+        error_rate=float(targets.mean()),
+        targets="leave_one_out" if wrong is None else "labels",
+    )
+
+
+def set_head_calibration(model, temperature: float = 1.0, offset: float = 0.0) -> None:
+    """Store temperature and offset, by default none, and with them the same decisions: if decoding goes by the head
+    and a threshold, `remask_threshold` of the model's `generation_config` becomes what the old one is now called.
+
+    Raises:
+        `ValueError`: the temperature is not positive, or one of them not finite.
+    """
+    config, generation = model.config, model.generation_config
+    before, after = (config.head_temperature, config.head_offset), _checked(temperature, offset)
+    selection = SELECTIONS[generation.remask_selection or "threshold"]
+    if generation.remasking_score == "head" and "remask_threshold" in selection.arguments and before != after:
+        threshold = generation.remask_threshold
+        if threshold is None:
+            threshold = DSCGenerationConfig._dsc_defaults()["remask_threshold"]
+        generation.remask_threshold = translate_threshold(threshold, before, after)
+    config.head_temperature, config.head_offset = after
+
+
+def translate_threshold(threshold: float, before: tuple[float, float], after: tuple[float, float]) -> float:
+    """The threshold that takes the same decisions with the temperature and offset `after` as `threshold` did with
+    those `before`: up to tokens whose probabilities are equal, or round to 0 or 1, under one of them.
+
+    Raises:
+        `ValueError`: the threshold is negative or NaN, a temperature is not positive, or a number not finite.
+    """
+    (temperature, offset), (new_temperature, new_offset) = _checked(*before), _checked(*after)
+    if not threshold >= 0:
+        raise ValueError(f"`threshold={threshold}` must be a probability.")
+    if threshold == 0 or threshold >= 1:  # takes back everything, or nothing, whatever they are
+        return threshold
+    own = (math.log(threshold / (1 - threshold)) + offset) * temperature
+    return float(_sigmoid(np.float64(own / new_temperature - new_offset)))
+
+
+def _visible_tokens(states, logits, targets, mask_token_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and targets `(N,)` of the tokens of all states that are not masked; both kinds of tokens must occur."""
+    if [np.shape(row) for row in targets] != [(len(state),) for state in states["state_ids"]]:
+        raise ValueError(f"`wrong` must have one value for each token of the {len(states)} states, masks included.")
+    visible = np.concatenate([np.asarray(state) for state in states["state_ids"]]) != mask_token_id
+    logits = np.concatenate(logits)[visible].astype(float)
+    targets = np.concatenate([np.asarray(row) for row in targets])[visible].astype(float)
+    for name, values in (("The head's logits", logits), ("`wrong`", targets)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} must be finite numbers at all visible tokens.")
+    if not 0 < targets.mean() < 1:
+        raise ValueError(
+            f"All {len(targets)} visible tokens are {'wrong' if targets.mean() else 'right'}: calibration needs both; "
+            "take more prompts, harder ones, or states of faster decoding (more `tokens_per_step`)."
+        )
+    return logits, targets
+
+
+def _most_likely(own: np.ndarray, targets: np.ndarray, with_offset: bool) -> tuple[float, float]:
+    """Temperature and offset of the highest likelihood, which is concave in `1 / T` and the offset."""
+
+    def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = own * x[0] - x[1]
+        residual = _sigmoid(logits) - targets
+        return _negative_log_likelihood(logits, targets), np.array([np.mean(residual * own), -np.mean(residual)])
+
+    low, high = TEMPERATURES
+    bounds = [(1 / high, 1 / low), OFFSETS if with_offset else (0, 0)]
+    found = minimize(loss, [1.0, 0.0], jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-14})
+    temperature, offset = 1 / float(found.x[0]), float(found.x[1])
+    if not low * 1.01 < temperature < high / 1.01:
+        logger.warning(
+            f"The temperature {temperature:.3g} is at the end of what is searched: the {len(targets)} tokens are told "
+            "apart without a mistake, or no better than by chance. Fit on more states."
+        )
+    return temperature, offset
+
+
+def _negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Mean binary cross-entropy of logits for *wrong* `(N,)`, in nats."""
+    return float(np.mean(np.logaddexp(0, logits) - targets * logits))
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0, -logits))
+
+
+def _checked(temperature: float, offset: float) -> tuple[float, float]:
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"`temperature={temperature}` must be positive and finite; 1 leaves the logits alone.")
+    if not math.isfinite(offset):
+        raise ValueError(f"`offset={offset}` must be finite; 0 leaves the logits alone.")
+    return temperature, offset
+
+
+__all__ = ["HeadCalibration", "calibrate_head", "set_head_calibration", "translate_threshold"]
