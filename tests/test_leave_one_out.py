@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import MASK, make_bert, make_llama, make_model, prompt_ids
+from conftest import MASK, TOKENS, make_bert, make_llama, make_model, prompt_ids
 
 from dsc_hf.training import leave_one_out_probabilities
 
@@ -19,7 +19,7 @@ def direct(model, ids, column):
     shift = model.config.logits_shift
     positions = torch.tensor([[*range(length), column - shift]])
     logits = model.backbone(input_ids=extended, attention_mask=mask, position_ids=positions).logits[0, -1]
-    logits[MASK] = -torch.inf
+    logits[MASK] = logits[TOKENS:] = -torch.inf
     return float(logits.softmax(-1)[ids[0, column]])
 
 
@@ -50,7 +50,7 @@ def test_single_layer_model_is_exactly_leave_one_out():
     log_p = model.backbone(hidden).logits[0, 5]
     assert not torch.allclose(result[0, 4], other[0, 4], atol=1e-6)
     # the shadow of 5 sees its own mask instead of the token: as if the token were masked
-    log_p[MASK] = -torch.inf
+    log_p[MASK] = log_p[TOKENS:] = -torch.inf
     assert float(result[0, 5]) == pytest.approx(float(log_p.softmax(-1)[ids[0, 5]]), abs=1e-5)
 
 

@@ -91,7 +91,8 @@ class WrappedModelTrainer(DiffusionTrainer):
         self._detection: tuple[Dataset, list[np.ndarray]] | None = None
 
     def predictor(self, attention_mask: torch.Tensor) -> Predict:
-        """What the backbone, as it is now and without dropout, predicts at places of texts with this mask `(B, L)`."""
+        """What the backbone, as it is now and without dropout, predicts at places of texts with this mask `(B, L)`; no
+        ids that are padding of the embeddings."""
         model: DSCForMaskedDiffusion = self.accelerator.unwrap_model(self.model)
         register_fsdp_forward_method(model, "read")  # gathers sharded weights; nothing without FSDP
 
@@ -101,6 +102,7 @@ class WrappedModelTrainer(DiffusionTrainer):
             with torch.no_grad():
                 logits, _ = model.read(ids, attention_mask, places=places)
             model.backbone.train(training)
+            logits[..., model.config.token_count :] = -torch.inf
             return logits
 
         return predict
