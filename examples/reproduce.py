@@ -6,7 +6,7 @@
     python examples/reproduce.py --table 2 --backbone GSAI-ML/LLaDA-8B-Base     # the commands, for a GPU
 
 Everything is measured; what was run is kept in `<output_dir>/journal-rank*.jsonl`, and a stopped run goes on where it
-was. `accelerate launch --cpu --num_processes 2 examples/reproduce.py ...` shares the work between processes. The whole
+was. `torchrun --nproc_per_node 2 examples/reproduce.py ...` shares the work between processes. The whole
 comparison takes hours on 2 CPU cores; `--problems 100 --seeds 1` is a look. What tables and figures are on the demo
 model is said in `demo_model/paper_tables.py`; what a training step of a large backbone takes is measured by
 `demo_model/paper_scale.py`.

@@ -71,7 +71,7 @@ def weights_of(name: str, head: bool) -> str:
 
 
 class Runner:
-    """Solves problems with systems, each job once. Processes of one `accelerate launch` share the jobs.
+    """Solves problems with systems, each job once. Processes of one `torchrun` share the jobs.
 
     Args:
         folder (`Path`): of the journal, which knows what was run already (with the same weights).
