@@ -59,7 +59,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cluster_threshold", type=float, default=0.45, help="3-mer Jaccard similarity; 0.45 is 80 to 85 %% identity")
     add("--shares", type=float, nargs=2, default=[0.08, 0.12], help="of validation and test")
     add("--stretches", type=int, nargs=3, default=[3, 8, 16], help="how many to hide, shortest, longest")
-    add("--targets", default="labels", choices=["labels", "leave_one_out"], help="what the head learns")
+    targets = ["labels", "leave_one_out", "leave_many_out"]
+    add("--targets", default="labels", choices=targets, help="what the head learns")
+    add("--left_out_share", type=float, default=1.0, help="residues of the stretches hidden at once (leave_many_out)")
     add("--max_artifacts", type=int, default=16, help="most residues that the backbone writes into a training row")
     add("--steps", type=int, default=200, help="of training")
     add("--batch_size", type=int, default=32)
@@ -171,6 +173,7 @@ def train_head(backbone: Path, tokenizer, rows: list[dict], args: argparse.Names
     model.config.base_model_name_or_path = "../backbone"
     training = CorrectionHeadConfig(
         str(args.output_dir / "training"), targets=args.targets, max_artifacts=args.max_artifacts, seed=args.seed,
+        left_out_share=args.left_out_share,
         max_steps=args.steps, per_device_train_batch_size=args.batch_size, learning_rate=1e-3,
         lr_scheduler_type="cosine", warmup_steps=args.steps // 20, logging_steps=max(1, args.steps // 10),
         save_strategy="no", report_to="none", remove_unused_columns=False,
