@@ -59,7 +59,8 @@ def leave_one_out_probabilities(
             .float()
         )
     logits[..., mask_token_id] = -torch.inf
-    logits[..., model.config.token_count :] = -torch.inf
+    if model.config.token_count is not None:
+        logits[..., model.config.token_count :] = -torch.inf
     tokens = input_ids.gather(1, columns)
     probability = logits.softmax(-1).gather(-1, tokens[..., None])[..., 0]
     result = torch.zeros(batch, length, device=ids.device).scatter(1, columns, probability)

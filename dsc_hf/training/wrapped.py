@@ -102,7 +102,8 @@ class WrappedModelTrainer(DiffusionTrainer):
             with torch.no_grad():
                 logits, _ = model.read(ids, attention_mask, places=places)
             model.backbone.train(training)
-            logits[..., model.config.token_count :] = -torch.inf
+            if model.config.token_count is not None:
+                logits[..., model.config.token_count :] = -torch.inf
             return logits
 
         return predict
