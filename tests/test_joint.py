@@ -97,7 +97,7 @@ def test_both_losses_fall(tmp_path):
     trainer.train()
     for part in ("loss_demask", "loss_error"):
         values = [entry[part] for entry in trainer.state.log_history if part in entry]
-        assert np.mean(values[-5:]) < 0.5 * np.mean(values[:3]), part
+        assert np.mean(values[-5:]) < 0.6 * np.mean(values[:3]), part
 
 
 def test_artifacts_are_made_without_dropout_and_without_gradient(tmp_path):
