@@ -15,7 +15,7 @@ import comparison  # noqa: E402
 import paper_scale  # noqa: E402
 import paper_tables  # noqa: E402
 from comparison import Runner, choose, summarise  # noqa: E402
-from report import differences, markdown, paired_difference, solved_bits  # noqa: E402
+from report import by_budget, differences, markdown, paired_difference, solved_bits  # noqa: E402
 from solve import Solved  # noqa: E402
 from systems import SYSTEMS, System  # noqa: E402
 from word_problems import draw_problems  # noqa: E402
@@ -93,6 +93,10 @@ def test_what_is_printed_compares_within_the_same_passes(tmp_path, solved):
     assert table[4].startswith("| Ours | k 2 | 50.0 ± 14.4 | 50.0 | 24.0 |  | 24.0 | 1 |") and table[6].endswith(
         "|  |"
     )
+    assert by_budget(rows).splitlines()[2:] == [
+        "| Ours |  |  | 50.0 / 50.0 (24.0) |",
+        "| Theirs | 16.7 / 16.7 (8.0) | 33.3 / 33.3 (16.0) |  |",
+    ]
     lines = differences(rows, "ours").splitlines()
     assert lines[3] == "| system | up to 10 passes | up to 20 passes | up to 30 passes |"
     assert lines[5] == "| Theirs | none | none | +16.7 ± 19.8; +16.7 ± 19.8 |"  # 6 of 12 right against 4, at k = 3

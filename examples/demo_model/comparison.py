@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from report import differences, markdown, save, setup, short, solved_bits
+from report import by_budget, differences, markdown, save, setup, short, solved_bits
 from solve import Solved, faster_dtype, generate_batch, solve
 from systems import MODELS, SYSTEMS, System
 from transformers import AutoModel, AutoTokenizer
@@ -229,6 +229,7 @@ def compare_all(runner: Runner, args: Namespace) -> None:
         row["compute"] = round(row["forward_passes"] * costs[row["method"]], 3)
     aups = save(rows, args.output_dir / "comparison.json")
     text = markdown(rows, "All systems on the demo model", args, aups) + differences(rows, "dsc")
+    text += f"\nAccuracy / whole reasoning (passes) within each budget\n\n{by_budget(rows)}"
     print(text)
     (args.output_dir / "comparison.md").write_text(text)
     labels = {system.name: system.label for system in systems}

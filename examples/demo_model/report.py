@@ -50,6 +50,25 @@ def markdown(rows: list[dict[str, Any]], title: str, args: Namespace, aups: dict
     return "\n".join(lines) + "\n"
 
 
+def by_budget(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table with a line for each system: accuracy / whole reasoning (passes) of the best setting within each
+    budget of passes."""
+    budgets = sorted({row["budget"] for row in rows})
+    lines = ["| system | " + " | ".join(f"up to {budget} passes" for budget in budgets) + " |"]
+    lines += ["|---" * (len(budgets) + 1) + "|"]
+    for label in dict.fromkeys(row["label"] for row in rows):
+        own = {row["budget"]: row for row in rows if row["label"] == label}
+        cells = [
+            f"{100 * own[b]['accuracy']:.1f} / {100 * own[b]['reasoning_accuracy']:.1f} "
+            f"({own[b]['forward_passes']:.1f})"
+            if b in own
+            else ""
+            for b in budgets
+        ]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def differences(rows: list[dict[str, Any]], method: str) -> str:
     """A Markdown table: what a method is better by than each other one within the same forward passes, in points of
     the final number and of the whole reasoning, paired by problem."""
