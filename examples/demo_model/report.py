@@ -51,7 +51,7 @@ def markdown(rows: list[dict[str, Any]], title: str, args: Namespace, aups: dict
 
 
 def by_budget(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table with a line for each system: accuracy / whole reasoning (passes) of the best setting within each
+    """A Markdown table, a line for each system: accuracy / whole reasoning (passes) of the best setting within each
     budget of passes."""
     budgets = sorted({row["budget"] for row in rows})
     lines = ["| system | " + " | ".join(f"up to {budget} passes" for budget in budgets) + " |"]
