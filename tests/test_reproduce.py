@@ -15,7 +15,7 @@ import comparison  # noqa: E402
 import paper_scale  # noqa: E402
 import paper_tables  # noqa: E402
 from comparison import Runner, choose, summarise  # noqa: E402
-from report import by_budget, differences, markdown, paired_difference, solved_bits  # noqa: E402
+from comparison_report import by_budget, differences, markdown, paired_difference, solved_bits  # noqa: E402
 from solve import Solved  # noqa: E402
 from systems import SYSTEMS, System  # noqa: E402
 from word_problems import draw_problems  # noqa: E402

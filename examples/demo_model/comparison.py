@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from report import by_budget, differences, markdown, save, setup, short, solved_bits
+from comparison_report import by_budget, differences, markdown, save, setup, short, solved_bits
 from solve import Solved, faster_dtype, generate_batch, solve
 from systems import MODELS, SYSTEMS, System
 from transformers import AutoModel, AutoTokenizer

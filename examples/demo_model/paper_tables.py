@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from comparison import VALIDATION_SEED, Runner, Settings, choose, measure_chosen
-from report import markdown, save, solved_bits
+from comparison_report import markdown, save, solved_bits
 from systems import ANYWHERE, SYSTEMS, System
 from word_problems import draw_problems
 
