@@ -139,6 +139,11 @@ class DSCConfig(PreTrainedConfig):
             raise ValueError(f"`head_offset={self.head_offset}` must be finite; 0 leaves the logits alone.")
         if self.backbone_hidden_size is None:  # transformers makes empty configs to compare with
             return
+        self._complete_head()
+        self._check_backbone()
+
+    def _complete_head(self) -> None:
+        """Fill in the head's sizes, and refuse those that can't be built."""
         if self.head_hidden_size is None:
             self.head_hidden_size = min(self.backbone_hidden_size, 2048)
         if self.head_num_attention_heads is None:
@@ -156,6 +161,9 @@ class DSCConfig(PreTrainedConfig):
                 f"`head_hidden_size={self.head_hidden_size}` must be a multiple of twice "
                 f"`head_num_attention_heads={heads}` (rotary embeddings need an even width for each head)."
             )
+
+    def _check_backbone(self) -> None:
+        """Refuse what the backbone can't be, or where the head can't read it."""
         if self.logits_shift not in (0, 1):
             raise ValueError(f"`logits_shift={self.logits_shift}` must be 0 or 1.")
         if self.attention_block_length is not None and self.attention_block_length < 1:
