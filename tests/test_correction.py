@@ -122,6 +122,14 @@ def test_tokens_that_were_not_left_out_carry_no_loss(tmp_path):
     assert not made["targets"][~made["counted"]].any()
 
 
+def test_the_backbone_predicts_no_padding_of_the_embeddings(tmp_path):
+    trainer = make_trainer("head", tmp_path)
+    trainer.model.config.token_count = 20
+    ids = torch.tensor([[4, 5, MASK]])
+    logits = trainer.predictor(torch.ones_like(ids))(ids, (torch.tensor([0]), torch.tensor([2])))
+    assert (logits[..., 20:] == -torch.inf).all() and logits[..., :20].isfinite().all()
+
+
 @pytest.mark.parametrize("arguments", [{"left_out_share": 0.0}, {"left_out_share": 1.5}, {"left_out_draws": 0}])
 def test_leaving_nothing_out_is_refused(tmp_path, arguments):
     with pytest.raises(ValueError, match=f"`{next(iter(arguments))}="):

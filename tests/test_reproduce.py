@@ -51,6 +51,42 @@ def test_what_was_solved_is_not_solved_again(tmp_path, solved):
     assert len(solved) == 2
 
 
+def test_other_weights_are_solved_anew(tmp_path, solved, monkeypatch):
+    models = tmp_path / "cards"
+    for name in ("word-problems-backbone", "head"):
+        (models / name).mkdir(parents=True)
+        (models / name / "model.safetensors").write_bytes(b"old")
+    (models / "head" / "config.json").write_text("{}")
+    tokenizer = Runner(tmp_path).tokenizer
+    monkeypatch.setattr(comparison, "MODELS", {"dsc": models / "head"})
+    monkeypatch.setattr(comparison.AutoTokenizer, "from_pretrained", lambda folder: tokenizer)
+
+    def solve_both():
+        for score in ("head", "visible"):
+            Runner(tmp_path).run("dsc", {"tokens_per_step": 2, "remasking_score": score}, "test", 1, 4)
+
+    solve_both()
+    (models / "head" / "model.safetensors").write_bytes(b"new")
+    solve_both()
+    assert len(solved) == 3  # a new head is of no concern to the visible score
+    (models / "word-problems-backbone" / "model.safetensors").write_bytes(b"new")
+    solve_both()
+    assert len(solved) == 5
+
+
+def test_processes_share_the_jobs(tmp_path, solved, monkeypatch):
+    jobs = [("dsc", {"tokens_per_step": k, "remasking_score": "none"}, "test", 1, 4) for k in (2, 3, 6)]
+    for rank, own in ((0, [2, 6]), (1, [3])):
+        runner = Runner(tmp_path)
+        share = {"process_index": rank, "num_processes": 2, "is_main_process": not rank}
+        runner.processes = Namespace(**share, wait_for_everyone=lambda: None)
+        runner.run_all(jobs, "test")
+        assert [k for k, _, _ in solved] == own
+        solved.clear()
+    Runner(tmp_path).run_all(jobs, "test")
+    assert not solved
+
+
 def test_a_torn_line_is_passed_over(tmp_path, solved):
     path = tmp_path / "journal-rank0.jsonl"
     settings = {"tokens_per_step": 2, "remasking_score": "none"}
