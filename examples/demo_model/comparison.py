@@ -124,9 +124,14 @@ def _record(solved: Solved) -> dict[str, Any]:
 
 
 def choose(
-    runner: Runner, system: System, problems: int, seed: int, budgets: Sequence[float] = BUDGETS
+    runner: Runner,
+    system: System,
+    problems: int,
+    seed: int,
+    budgets: Sequence[float] = BUDGETS,
+    pass_cost: float = 1.0,
 ) -> dict[float, Settings]:
-    """The most accurate setting of a system within each budget of passes, on validation problems.
+    """The most accurate setting of a system within each budget of passes (of `pass_cost` each), on validation ones.
 
     Accuracy is the mean of the final number's and the whole reasoning's. A budget in which the best setting also fits
     the next lower one has none of its own.
@@ -134,7 +139,7 @@ def choose(
     rows = [(s, runner.run(system.model, s, "validation", seed, problems)) for s in system.settings()]
     chosen: dict[float, Settings] = {}
     for budget in budgets:
-        within = [(s, r) for s, r in rows if r["forward_passes"] <= budget]
+        within = [(s, r) for s, r in rows if r["forward_passes"] * pass_cost <= budget]
         if within:
             best = max(within, key=lambda row: row[1]["accuracy"] + row[1]["reasoning_accuracy"])[0]
             if best not in chosen.values():
@@ -180,14 +185,18 @@ def measure(
 
 
 def measure_chosen(
-    runner: Runner, chosen: Sequence[tuple[System, float, Settings]], problems: int, seeds: Sequence[int]
+    runner: Runner,
+    chosen: Sequence[tuple[System, float, Settings]],
+    problems: int,
+    seeds: Sequence[int],
+    split: str = "test",
 ) -> list[dict[str, Any]]:
-    """The rows of systems with their settings on test problems: whole comparisons first, further seeds later."""
-    jobs = [(system.model, settings, "test", seed, problems) for seed in seeds for system, _, settings in chosen]
-    runner.run_all(jobs, "Solving test problems")
+    """The rows of systems with their settings on problems: whole comparisons first, further seeds later."""
+    jobs = [(system.model, settings, split, seed, problems) for seed in seeds for system, _, settings in chosen]
+    runner.run_all(jobs, f"Solving {split} problems")
     return [
         summarise(
-            system, budget, settings, [runner.run(system.model, settings, "test", seed, problems) for seed in seeds]
+            system, budget, settings, [runner.run(system.model, settings, split, seed, problems) for seed in seeds]
         )
         for system, budget, settings in chosen
     ]

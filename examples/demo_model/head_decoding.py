@@ -1,31 +1,38 @@
-"""Does a head that detects better decode better? Heads of the study, the shipped one and an oracle, on the demo model.
+"""Does a head that detects better decode better, and is it worth what it costs? Heads against free scores.
 
-    python examples/demo_model/head_decoding.py --heads shipped base-s0 layers-2-s0 oracle
+    python examples/demo_model/head_decoding.py --heads shipped width-64-s0 mlp-128-s0 oracle
 
-The *oracle* gives every token the exact checker's verdict: what is left to gain by judging tokens better, with the
-same rules of decoding. Heads are those that `head_study.py` has saved in `<work_dir>/heads`. A stopped run goes on.
+Heads are those that `head_study.py` has saved in `<work_dir>/heads`; the *oracle* gives every token the exact
+checker's verdict (does it contradict the nearest valid answer?), for nothing. All decode with entropy bounds. For
+each score the most accurate setting whose passes times the measured cost of a pass are within 10, 15 and 20 plain
+passes is chosen on validation problems, and tried on test problems of several seeds. A stopped run goes on; `torchrun
+--nproc_per_node 2` shares the work.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from comparison import VALIDATION_SEED
-from solve import faster_dtype, solve
-from systems import MODELS, SYSTEMS
+from comparison import VALIDATION_SEED, Runner, choose, measure_chosen, system_costs
+from comparison_report import by_budget, differences, markdown, save
+from solve import set_threads
+from systems import BOUNDS, MODELS, SYSTEMS, System
 from train import ROOT
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging
-from word_problems import MAX_RESPONSE_LENGTH, AnswerChecker, draw_problems, parse_prompt
+from word_problems import MAX_RESPONSE_LENGTH, AnswerChecker, parse_prompt
 
 import dsc_hf  # noqa: F401  (registers the Auto classes)
-from dsc_hf.evaluation.request_log import RequestLog, key_of, weights_key
+from dsc_hf.evaluation.files import write_json
 
-ORACLE_THRESHOLDS = (0.5,)
+BUDGETS = (10, 15, 20)
+"""Compute for a problem, in passes of plain decoding."""
+FREE = ("entropy_bound", "visible", "leave_one_out")
+ORACLE = "oracle"
 
 
 def make_oracle(model, tokenizer) -> None:
@@ -46,41 +53,79 @@ def make_oracle(model, tokenizer) -> None:
     model.score = score
 
 
-def main() -> None:
+class HeadRunner(Runner):
+    """A [`Runner`] that knows the oracle."""
+
+    def model(self, name: str):
+        model = super().model(name)
+        if name == ORACLE:
+            make_oracle(model, self.tokenizer)
+        return model
+
+
+def systems_of(heads: list[str], folder: Path) -> list[System]:
+    """The free scores and the heads, each at all entropy bounds; adds the heads to `MODELS`."""
+    speeds = tuple({"unmasking": "entropy_bound", "entropy_bound": nats} for nats in BOUNDS)
+    systems = [SYSTEMS[name] for name in FREE]
+    for name in heads:
+        model = "dsc" if name == "shipped" else name
+        MODELS.setdefault(model, MODELS["dsc"] if name == ORACLE else folder / name)
+        systems.append(dataclasses.replace(SYSTEMS["dsc"], name=name, label=name, model=model))
+    systems = [dataclasses.replace(system, speeds=speeds) for system in systems]
+    return [dataclasses.replace(s, grid={"remask_threshold": (0.5,)}) if s.name == ORACLE else s for s in systems]
+
+
+def costs_of(runner: Runner, systems: list[System]) -> dict[str, float]:
+    """Time of a pass of each system over a plain one's; measured once by the first process and kept. The oracle is
+    free."""
+    path = runner.folder / "costs.json"
+    costs = json.loads(path.read_text()) if path.exists() else {}
+    missing = [system for system in systems if system.name not in (ORACLE, *costs)]
+    if missing and runner.processes.is_main_process:
+        costs |= system_costs(runner, [SYSTEMS["plain"], *missing])
+        write_json(path, costs)
+    runner.processes.wait_for_everyone()
+    return {ORACLE: 1.0, **json.loads(path.read_text())}
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", nargs="+", default=["shipped", "oracle"], metavar="NAME")
-    parser.add_argument("--tokens_per_step", type=int, nargs="+", default=[3, 4, 5])
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.05, 0.15, 0.35, 0.5])
-    parser.add_argument("--max_remasks_per_position", type=int, default=2)
-    parser.add_argument("--problems", type=int, default=200, help="of the validation split")
+    parser.add_argument("--heads", nargs="+", default=["shipped", ORACLE], metavar="NAME")
+    parser.add_argument("--problems", type=int, default=334, help="test problems for each seed")
+    parser.add_argument("--validation_problems", type=int, default=200, help="problems that settings are chosen on")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="each draws its own problems")
+    parser.add_argument("--validation_only", action="store_true", help="print all settings, solve no test problems")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "build" / "head_study")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    tokenizer, dtype = AutoTokenizer.from_pretrained(MODELS["dsc"]), faster_dtype()
-    problems = draw_problems(args.problems, VALIDATION_SEED, "validation")
-    journal = RequestLog(args.work_dir, name="decoding")
-    print("| head | k | threshold | accuracy (%) | whole reasoning (%) | passes | remasks |\n" + "|---" * 7 + "|")
-    for name in args.heads:
-        folder = MODELS["dsc"] if name in ("shipped", "oracle") else args.work_dir / "heads" / name
-        model = AutoModel.from_pretrained(folder, dtype=dtype, head_dtype=dtype).eval()
-        weights = [name == "oracle", weights_key(model.correction_head), weights_key(model.backbone)]
-        if name == "oracle":
-            make_oracle(model, tokenizer)
-        thresholds = ORACLE_THRESHOLDS if name == "oracle" else args.thresholds
-        for k in logging.tqdm(args.tokens_per_step, desc=name):
-            for threshold in thresholds:
-                settings = {**SYSTEMS["dsc"].arguments, "tokens_per_step": k, "remask_threshold": threshold}
-                settings["max_remasks_per_position"] = args.max_remasks_per_position
-                key = key_of(weights, settings, args.problems)
-                if key not in journal:
-                    solved = solve(model, tokenizer, problems, batch_size=50, **settings)
-                    journal.append([{"key": key, "head": name, **solved.summary()}])
-                row = journal[key]
-                print(
-                    f"| {name} | {k} | {threshold} | {100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f} "
-                    f"| {100 * row['reasoning_accuracy']:.1f} | {row['forward_passes']:.2f} | {row['remasks']:.2f} |",
-                    flush=True,
-                )
+    args = parser.parse_args(arguments)
+    set_threads()
+    runner = HeadRunner(args.work_dir / "decoding")
+    systems = systems_of(args.heads, args.work_dir / "heads")
+    costs = costs_of(runner, systems)
+    validation = ("validation", VALIDATION_SEED, args.validation_problems)
+    tried = [(system, settings) for system in systems for settings in system.settings()]
+    runner.run_all([(system.model, settings, *validation) for system, settings in tried], "Choosing settings")
+    if args.validation_only:
+        chosen = [(system, 0, settings) for system, settings in tried]
+        rows = measure_chosen(runner, chosen, args.validation_problems, [VALIDATION_SEED], "validation")
+    else:
+        chosen = [
+            (system, budget, settings)
+            for system in systems
+            for budget, settings in choose(
+                runner, system, args.validation_problems, VALIDATION_SEED, BUDGETS, costs[system.name]
+            ).items()
+        ]
+        rows = measure_chosen(runner, chosen, args.problems, args.seeds)
+    if not runner.processes.is_main_process:
+        return
+    for row in rows:
+        row["compute"] = round(row["forward_passes"] * costs[row["method"]], 3)
+    text = markdown(rows, "Heads at equal compute", args)
+    if not args.validation_only:
+        text += "".join(differences(rows, name) for name in args.heads)
+        text += f"\nAccuracy / whole reasoning (passes) within each budget of compute\n\n{by_budget(rows)}"
+        save(rows, args.work_dir / "decoding" / "decoding.json")
+    print(text)
 
 
 if __name__ == "__main__":

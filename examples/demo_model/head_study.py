@@ -70,6 +70,12 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
         "mlp-256-taps": {"head": "mlp", "taps": (-2, -1), "width": 256},
         "linear": {"head": "linear"},
     },
+    "cheap, for decoding": {
+        "one-out-width-64": {"targets": "leave_one_out", "width": 64},
+        "one-out-width-32": {"targets": "leave_one_out", "width": 32},
+        "one-out-mlp-128": {"targets": "leave_one_out", "head": "mlp", "taps": (-1,)},
+        "one-out-mlp-64": {"targets": "leave_one_out", "head": "mlp", "taps": (-1,), "width": 64},
+    },
     "weighting": {"wrong-3": {"wrong_weight": 3.0}, "focal": {"focal": 2.0}},
     "training": {
         "longer": {"length": 2.0},

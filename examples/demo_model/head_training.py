@@ -23,7 +23,7 @@ from dsc_hf.training.base import MuonWithAdamW, muon_matrices
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a head is made and trained; the defaults are the shipped one's.
+    """How a head is made and trained; the defaults are what every variant of the study begins with.
 
     Args:
         states (`str`): one of `KINDS`, or `a+b` for half of each.

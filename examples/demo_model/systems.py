@@ -21,9 +21,10 @@ MODELS = {"dsc": CARDS / "word-problems-dsc", **{name: CARDS / "word-problems-ri
 
 SPEEDS = tuple({"tokens_per_step": k} for k in (2, 3, 4, 5))
 SCHEDULED = ({"tokens_per_step": 1}, *SPEEDS)
+BOUNDS = (0.3, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 ADAPTIVE = (
     {"unmasking": "confidence_threshold", "confidence_threshold": 0.9},
-    *({"unmasking": "entropy_bound", "entropy_bound": nats} for nats in (0.5, 1.0, 1.5, 2.0)),
+    *({"unmasking": "entropy_bound", "entropy_bound": nats} for nats in BOUNDS),
 )
 HEAD_THRESHOLDS = (0.05, 0.15, 0.4)
 FREE_THRESHOLDS = (0.5, 0.8, 0.95)
@@ -92,7 +93,7 @@ SYSTEMS = {
             "entropy bound",
             "dsc",
             RULES["entropy_bound"],
-            tuple({"entropy_bound": nats} for nats in (0.02, 0.05, 0.1, 0.3, 1.0, 1.5, 2.0)),
+            tuple({"entropy_bound": nats} for nats in (0.02, 0.05, 0.1, *BOUNDS)),
         ),
         _head("dsc", "DSC, head distilled from leave-one-out (shipped)", "dsc"),
         _head("look_back", "DSC, look-back labels, re-read inputs", "look_back"),
