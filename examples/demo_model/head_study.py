@@ -43,7 +43,8 @@ SPLITS = {"validation": 100, "test": 11}
 
 MIXED = "look_back_block_steps+on_policy"
 FREE = ("leave_one_out", *(f"many_out_{share}" for share in SHARES))
-TARGETS = ("labels", *FREE, "labels+leave_one_out", "labels+many_out_0.6")
+BOTH, LABELLED = "leave_one_out+many_out_0.6", "labels+many_out_0.6"
+TARGETS = ("labels", *FREE, BOTH, "labels+leave_one_out", LABELLED)
 AXES: dict[str, dict[str, dict[str, Any]]] = {
     "targets": {f"{Recipe.states}-{t}": {"targets": t} for t in TARGETS if t != Recipe.targets},
     "states": {
@@ -70,11 +71,9 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
         "mlp-256-taps": {"head": "mlp", "taps": (-2, -1), "width": 256},
         "linear": {"head": "linear"},
     },
-    "cheap, for decoding": {
-        "one-out-width-64": {"targets": "leave_one_out", "width": 64},
-        "one-out-width-32": {"targets": "leave_one_out", "width": 32},
-        "one-out-mlp-128": {"targets": "leave_one_out", "head": "mlp", "taps": (-1,)},
-        "one-out-mlp-64": {"targets": "leave_one_out", "head": "mlp", "taps": (-1,), "width": 64},
+    "targets of cheap heads": {
+        **{f"{t}-width-64": {"targets": t, "width": 64} for t in ("leave_one_out", BOTH)},
+        **{f"{t}-mlp-128": {"targets": t, "head": "mlp", "taps": (-1,)} for t in ("leave_one_out", BOTH, LABELLED)},
     },
     "weighting": {"wrong-3": {"wrong_weight": 3.0}, "focal": {"focal": 2.0}},
     "training": {
