@@ -1,21 +1,28 @@
 """The paper's tables on a large backbone: the commands, and what a training step takes on the machine at hand.
 
-    python examples/demo_model/paper_scale.py --layers 1 2 --length 1024     # measure a step of LLaDA-8B's shape
+    python examples/demo_model/paper_scale.py --layers 1 2 --batch 4     # measure steps of LLaDA-8B's shape
 
-A step of the head's training is measured with a few layers of the backbone's width and random weights; time and memory
-grow by the same amount with every further layer, so that two measurements give those of the whole model.
+A training step of the head and a decoding pass are run with a few layers of the backbone's width and random weights.
+Time, memory and floating-point operations grow by the same amount with every further layer, so that two measurements
+give those of the whole model. Operations over the speed of a device (`--tflops`) are hours on that device.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dsc_hf import DSCForMaskedDiffusion
 from dsc_hf.modeling_dsc import correction_loss
+from dsc_hf.training import leave_one_out_probabilities
 
 LLADA_8B = {
     "hidden_size": 4096,
@@ -79,8 +86,22 @@ def commands(backbone: str, table: int | None, figure: int | None) -> str:
     return "\n".join(lines)
 
 
-def measure_step(layers: int, length: int, batch: int, device: str) -> tuple[float, float]:
-    """Seconds and, on a GPU, GiB at most of one training step of the head (two forwards, head, backward, AdamW)."""
+@dataclass
+class Cost:
+    """Of one step: seconds on the device at hand, bytes at most, floating-point operations."""
+
+    seconds: float
+    bytes: float
+    operations: float
+
+    def extrapolated(self, more: Cost, by: float) -> Cost:
+        """The cost of a model with `by` times as many layers more as `more` has over this one."""
+        pairs = zip(astuple(self), astuple(more), strict=True)
+        return Cost(*(few + (many - few) * by for few, many in pairs))
+
+
+def make_model(layers: int, device: str) -> DSCForMaskedDiffusion:
+    """A backbone of LLaDA-8B's width in bfloat16, with an untrained head of the default size that re-reads."""
     config = LlamaConfig(**{**LLADA_8B, "num_hidden_layers": layers})
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -89,49 +110,91 @@ def measure_step(layers: int, length: int, batch: int, device: str) -> tuple[flo
             backbone = AutoModelForCausalLM.from_config(config)
     finally:
         torch.set_default_dtype(dtype)
-    model = DSCForMaskedDiffusion.from_backbone(
-        backbone, mask_token_id=126336, tap_layer=-1 if layers == 1 else -2, head_reread=False
-    ).to(device)
+    model = DSCForMaskedDiffusion.from_backbone(backbone, mask_token_id=126336, tap_layer=-1 if layers == 1 else -2)
     model.config.head_trained = True
-    head = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(head, lr=1e-4)
-    ids = torch.randint(0, 126000, (batch, length), device=device)
-    places = (torch.zeros(8, dtype=torch.long, device=device), torch.arange(8, device=device))
+    return model.to(device)
 
-    def step() -> None:
-        model.read(ids, None, places=places)  # what the model writes
+
+def measure(step: Callable[[], None], model: DSCForMaskedDiffusion) -> Cost:
+    """Run a step until it is warm, then for time, memory (weights and what stays allocated included) and
+    operations."""
+    step()
+    began = time.perf_counter()
+    step()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    kept = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    kept += 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # AdamW in fp32
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    allocated = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else kept + max(allocated)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return Cost(seconds, peak, counter.get_total_flops())
+
+
+def measure_all(layers: int, args: argparse.Namespace) -> dict[str, Cost]:
+    """A training step of the head on states with leave-one-out targets, one on look-back artifacts, and a decoding
+    pass with the head; `args.batch` rows of `args.length`."""
+    model = make_model(layers, args.device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    shape = (args.batch, args.length)
+    ids = torch.randint(0, 126_000, shape, device=args.device)
+    response = torch.arange(args.length, device=args.device).expand(shape) >= args.length // 4
+    written = response.nonzero(as_tuple=True)
+    few = tuple(part[: args.length // 16] for part in written)  # places that one step of artifacts writes
+
+    def learn(targets: torch.Tensor) -> None:
         outputs = model(input_ids=ids, output_error_logits=True, output_logits=False)
-        targets = torch.ones(ids.shape, device=device)
-        correction_loss(outputs.error_logits, targets, targets).backward()
+        correction_loss(outputs.error_logits, targets, response.float()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    seconds = []
-    for _ in range(4):  # the first warms up
-        began = time.perf_counter()
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
-    return min(seconds[1:]), peak
+    def look_back() -> None:
+        with torch.no_grad():
+            model.read(ids, None, places=few)
+        learn(torch.ones(shape, device=args.device))
+
+    def distil() -> None:
+        learn(leave_one_out_probabilities(model, ids, response, torch.ones_like(ids)))
+
+    @torch.no_grad()
+    def decode() -> None:
+        logits, states = model.read(ids, None)
+        model.score(ids, logits, states)
+
+    return {
+        "head, look-back artifacts": measure(look_back, model),
+        "head, leave-one-out targets": measure(distil, model),
+        "a decoding pass": measure(decode, model),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs=2, default=[2, 4], help="two numbers of layers to measure")
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--layers", type=int, nargs=2, default=[1, 2], help="two numbers of layers to measure")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a row, a quarter of them the prompt's")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument(
+        "--tflops", type=float, default=400, help="what the other device does; 400: H100, 40 %% of peak"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    measured = [measure_step(n, args.length, args.batch, args.device) for n in args.layers]
-    print(*(f"{n} layers: {s:.2f} s, {g:.1f} GiB" for n, (s, g) in zip(args.layers, measured, strict=True)), sep="\n")
-    whole, apart = LLADA_8B["num_hidden_layers"], args.layers[1] - args.layers[0]
-    seconds, gib = (few + (many - few) / apart * (whole - args.layers[0]) for few, many in zip(*measured, strict=True))
-    hours = seconds * ROWS / args.batch / 3600
+    few, many = (measure_all(layers, args) for layers in args.layers)
+    whole = LLADA_8B["num_hidden_layers"]
+    by = (whole - args.layers[0]) / (args.layers[1] - args.layers[0])
     print(
-        f"{whole} layers: {seconds:.2f} s and {gib:.1f} GiB a step; {ROWS:,} rows: {hours:,.0f} hours on this device"
+        f"{whole} layers, {args.batch} rows of {args.length} tokens; hours are for {ROWS:,} rows\n\n"
+        f"| | GiB | TFLOP a row | s a row here | hours here | hours at {args.tflops:g} TFLOP/s |\n" + "|---" * 6 + "|"
     )
+    for name, cost in few.items():
+        step = cost.extrapolated(many[name], by)
+        seconds, tflop = step.seconds / args.batch, step.operations / args.batch / 1e12
+        here, there = (ROWS * s / 3600 for s in (seconds, tflop / args.tflops))
+        print(f"| {name} | {step.bytes / 2**30:.1f} | {tflop:.1f} | {seconds:.1f} | {here:,.0f} | {there:,.1f} |")
 
 
 if __name__ == "__main__":
