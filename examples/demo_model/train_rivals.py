@@ -30,17 +30,22 @@ RIVALS: dict[str, tuple[str, list[str]]] = {
     "one_step": ("train_head.py", ["--learning_rate", "2e-3", "--warmup_steps", "50", *SLOW, *ONE_STEP]),
     "prism": ("train_joint.py", [*LORA, *SLOW, *ONE_STEP, "--demask_weight", "0.5"]),
     "joint": ("train_joint.py", [*HEAD_MODEL, *LORA, *SLOW, *PAPER]),
-    "proseco": ("train_proseco.py", [*LORA, *SLOW]),
+    "proseco": ("train_proseco.py", [*LORA, *SLOW, "--head_type", "mlp"]),
 }
 """Script and options of each."""
 
 
 def note(checkpoint: Path, target: Path, seconds: int) -> None:
     """Write what training took and came to, `training.json`: steps, seconds (of the last run, if it was resumed) and
-    how well the head detects wrong tokens at the end."""
+    how well the scores detect wrong tokens at the end."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
-    entries = [entry for entry in state["log_history"] if "eval_auroc" in entry]
-    detection = {name.removeprefix("eval_"): value for name, value in entries[-1].items() if name.startswith("eval_")}
+    entries = [entry for entry in state["log_history"] if "eval_visible_auroc" in entry]
+    detection = {
+        name.removeprefix("eval_"): value
+        for entry in entries[-1:]
+        for name, value in entry.items()
+        if name.startswith("eval_")
+    }
     record = {"steps": state["global_step"], "seconds": seconds, "detection": detection}
     (target / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
