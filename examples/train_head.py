@@ -76,12 +76,13 @@ def decoding_states(
 def main() -> None:
     parser = HfArgumentParser((ModelArguments, StateArguments, DataArguments, CorrectionHeadConfig))
     model_args, state_args, data_args, args = parser.parse_args_into_dataclasses()
-    if state_args.state_prompts and args.targets == "labels":
-        parser.error("--state_prompts collects states without labels: it needs --targets leave_one_out")
+    if state_args.state_prompts and "labels" in args.target_kinds:
+        parser.error("--state_prompts collects states without labels: it needs other --targets, such as leave_one_out")
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_args.backbone)
     collator = data_args.collator(tokenizer)
     model = model_args.load(tokenizer)
+    args.check_backbone(model)
     train_dataset, eval_dataset = data_args.load(tokenizer, args.seed)
     if state_args.state_prompts:
         where = Path(args.output_dir) / "states"

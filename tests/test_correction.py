@@ -130,6 +130,25 @@ def test_the_backbone_predicts_no_padding_of_the_embeddings(tmp_path):
     assert (logits[..., 20:] == -torch.inf).all() and logits[..., :20].isfinite().all()
 
 
+def test_targets_are_the_mean_of_those_that_are_named(tmp_path):
+    names, made = ("labels", "leave_one_out", "leave_many_out", "labels+leave_one_out+leave_many_out"), {}
+    for name in names:
+        trainer = make_trainer("head", tmp_path, targets=name, left_out_share=1.0)
+        batch = trainer.data_collator(list(trainer.train_dataset.select(range(4))))
+        made[name] = trainer.corrupt(batch, torch.Generator().manual_seed(3))
+    counted = made[names[-1]]["counted"]
+    mean = sum(made[name]["targets"] for name in names[:3]) / 3
+    assert counted.any() and torch.allclose(made[names[-1]]["targets"][counted], mean[counted])
+
+
+def test_a_backbone_without_shadows_is_refused_before_training(tmp_path, monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(type(model.backbone), "forward", lambda self, input_ids, attention_mask=None: None)
+    with pytest.raises(ValueError, match="`targets='leave_one_out'` needs .* `position_ids`"):
+        make_trainer("head", tmp_path, model=model, targets="leave_one_out+leave_many_out")
+    make_trainer("head", tmp_path, model=model, targets="leave_many_out")
+
+
 @pytest.mark.parametrize("arguments", [{"left_out_share": 0.0}, {"left_out_share": 1.5}, {"left_out_draws": 0}])
 def test_leaving_nothing_out_is_refused(tmp_path, arguments):
     with pytest.raises(ValueError, match=f"`{next(iter(arguments))}="):
@@ -170,7 +189,10 @@ def test_checkpoints_hold_the_head_only_and_load(tmp_path):
         assert torch.equal(loaded.state_dict()[name], value)
 
 
-@pytest.mark.parametrize(("argument", "value"), [("targets", "guess"), ("wrong_weight", 0.0), ("min_artifacts", 0)])
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("targets", "guess"), ("targets", "labels+labels"), ("wrong_weight", 0.0), ("min_artifacts", 0)],
+)
 def test_bad_arguments_are_named(tmp_path, argument, value):
     with pytest.raises(ValueError, match=argument):
         make_trainer("head", tmp_path, **{argument: value})

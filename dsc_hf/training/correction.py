@@ -13,7 +13,7 @@ from ..modeling_dsc import DSCForMaskedDiffusion, correction_loss
 from .artifacts import ArtifactSampler, FutureContextAugmentation
 from .collator import IGNORE_INDEX
 from .leave_many_out import leave_many_out_probabilities
-from .leave_one_out import leave_one_out_probabilities
+from .leave_one_out import leave_one_out_probabilities, refuse_unshadowed
 from .other_artifacts import FilledArtifacts, OneStepArtifacts, UniformArtifacts
 from .wrapped import Judge, WrappedModelTrainer, WrappedTrainingArguments
 
@@ -24,6 +24,9 @@ ARTIFACTS: dict[str, type] = {
     "filled": FilledArtifacts,
 }
 """Artifact samplers by name."""
+
+TARGETS = ("labels", "leave_one_out", "leave_many_out")
+"""What a head may learn, by name."""
 
 ARTIFACT_OPTIONS = ("min_artifacts", "max_artifacts", "literal", "block_length", "block_share", "sample_share")
 ARTIFACT_OPTIONS += ("by_confidence",)
@@ -39,7 +42,7 @@ class CorrectionHeadConfig(WrappedTrainingArguments):
     Args:
         targets (`str`): `"labels"`: a token is correct if it equals the response's (the paper). `"leave_one_out"`: the
             backbone's probability of the token given all others; `"leave_many_out"`: given a random part of the
-            others. These are soft and need no labels.
+            others. These are soft and need no labels. Several, joined by `+`: their mean.
         left_out_share (`float`), left_out_draws (`int`): for `leave_many_out`: how likely each visible token is
             hidden, and forwards that it is averaged over; tokens that stay carry no loss
             ([`leave_many_out_probabilities`]).
@@ -52,7 +55,7 @@ class CorrectionHeadConfig(WrappedTrainingArguments):
         wrong_weight (`float`): weight of the loss on wrong tokens, the rare class.
     """
 
-    targets: str = field(default="labels", metadata={"help": "labels, leave_one_out or leave_many_out."})
+    targets: str = field(default="labels", metadata={"help": "labels, leave_one_out, leave_many_out, or a+b."})
     left_out_share: float = field(default=0.6, metadata={"help": "Share of tokens hidden at once (leave_many_out)."})
     left_out_draws: int = field(default=1, metadata={"help": "Forwards for each state (leave_many_out)."})
     artifacts: str = field(default="look_back", metadata={"help": "look_back, one_step, uniform or filled."})
@@ -69,14 +72,14 @@ class CorrectionHeadConfig(WrappedTrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        choices = {
-            "targets": ("labels", "leave_one_out", "leave_many_out"),
-            "artifacts": tuple(ARTIFACTS),
-            "average_over": ("tokens", "artifacts"),
-        }
-        for name, allowed in choices.items():
+        for name, allowed in {"artifacts": tuple(ARTIFACTS), "average_over": ("tokens", "artifacts")}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` must be one of {', '.join(map(repr, allowed))}.")
+        kinds = self.target_kinds
+        if not set(kinds) <= set(TARGETS) or len(set(kinds)) < len(kinds):
+            raise ValueError(
+                f"`targets={self.targets!r}` must be one of {', '.join(map(repr, TARGETS))}, or several joined by '+'."
+            )
         if not 0 < self.left_out_share <= 1:
             raise ValueError(f"`left_out_share={self.left_out_share}` must be above 0 and up to 1.")
         if self.left_out_draws < 1:
@@ -94,6 +97,16 @@ class CorrectionHeadConfig(WrappedTrainingArguments):
             raise ValueError(
                 "`average_over='artifacts'` needs `artifacts_only=True`, and artifacts that `max_artifacts` counts."
             )
+
+    @property
+    def target_kinds(self) -> tuple[str, ...]:
+        """What `targets` are the mean of, of [`TARGETS`]."""
+        return tuple(self.targets.split("+"))
+
+    def check_backbone(self, model: DSCForMaskedDiffusion) -> None:
+        """Raise a `ValueError` if the model's backbone can't be asked for these targets."""
+        if "leave_one_out" in self.target_kinds:
+            refuse_unshadowed(model)
 
     def artifact_sampler(self, model: DSCForMaskedDiffusion) -> ArtifactSampler:
         """The sampler that these arguments describe."""
@@ -126,9 +139,10 @@ class CorrectionHeadTrainer(WrappedModelTrainer):
         self, model: DSCForMaskedDiffusion, args: CorrectionHeadConfig, judge: Judge | None = None, **kwargs: Any
     ):
         columns = getattr(kwargs.get("train_dataset"), "column_names", None) or ()
-        if "state_ids" in columns and (args.targets == "labels" or args.artifacts_only):
-            wrong = "targets='labels'" if args.targets == "labels" else "artifacts_only=True"
+        if "state_ids" in columns and ("labels" in args.target_kinds or args.artifacts_only):
+            wrong = "artifacts_only=True" if args.artifacts_only else f"targets={args.targets!r}"
             raise ValueError(f"`{wrong}` needs responses; states (`state_ids`) have neither labels nor artifacts.")
+        args.check_backbone(model)
         super().__init__(model, args, judge, **kwargs)
         self.artifacts = args.artifact_sampler(model)
         self._prepare_model(model)
@@ -149,23 +163,26 @@ class CorrectionHeadTrainer(WrappedModelTrainer):
         model: DSCForMaskedDiffusion = self.accelerator.unwrap_model(self.model)
         attention_mask, labels = inputs["attention_mask"], inputs["labels"]
         response = labels != IGNORE_INDEX
-        if self.args.targets != "labels" and "is_state" in inputs:
+        found = []
+        if "labels" not in self.args.target_kinds and "is_state" in inputs:
             ids = inputs["input_ids"]
             counted = response & (ids != model.config.mask_token_id)
         else:
             made = self.artifacts(inputs["input_ids"], response, self.predictor(attention_mask), generator)
-            ids, targets, counted = made.ids, made.correct.float(), made.counted
-            if self.args.artifacts_only:
-                counted = made.written
-        if self.args.targets == "leave_one_out":
-            targets = leave_one_out_probabilities(model, ids, response, attention_mask)
-        elif self.args.targets == "leave_many_out":
+            ids, counted = made.ids, made.written if self.args.artifacts_only else made.counted
+            if "labels" in self.args.target_kinds:
+                found.append(made.correct.float())
+        if "leave_one_out" in self.args.target_kinds:
+            found.append(leave_one_out_probabilities(model, ids, response, attention_mask))
+        if "leave_many_out" in self.args.target_kinds:
             share, draws = self.args.left_out_share, self.args.left_out_draws
             predict, mask_token_id = self.predictor(attention_mask), model.config.mask_token_id
-            targets, known = leave_many_out_probabilities(
+            probabilities, known = leave_many_out_probabilities(
                 predict, ids, response, mask_token_id, share, draws, generator
             )
+            found.append(probabilities)
             counted = counted & known
+        targets = torch.stack(found).mean(0)
         return {"input_ids": ids, "attention_mask": attention_mask, "targets": targets, "counted": counted}
 
     def count_items(self, inputs):

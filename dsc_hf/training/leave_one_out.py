@@ -14,6 +14,12 @@ from ..backbone_forward import additive_mask, allowed_attention, position_offset
 from ..own_masks import refuse_own_masks
 
 
+def refuse_unshadowed(model) -> None:
+    """Raise a `ValueError` if the backbone of a wrapped model can't be read with shadow masks."""
+    form = model.config.padding_mask or "2d"
+    refuse_own_masks(model.backbone, form, "targets='leave_one_out'", "position_ids")
+
+
 def leave_one_out_probabilities(
     model, input_ids: torch.Tensor, response_mask: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
@@ -32,7 +38,7 @@ def leave_one_out_probabilities(
         `ValueError`: the backbone takes no position ids, or no additive 4D masks.
     """
     backbone, mask_token_id = model.backbone, model.config.mask_token_id
-    refuse_own_masks(backbone, model.config.padding_mask or "2d", "targets='leave_one_out'", "position_ids")
+    refuse_unshadowed(model)
     batch, length = input_ids.shape
     width = int(response_mask.sum(1).max())
     columns = torch.arange(length, device=input_ids.device)

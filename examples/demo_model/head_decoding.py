@@ -31,6 +31,8 @@ from dsc_hf.evaluation.files import write_json
 
 BUDGETS = (10, 15, 20)
 """Compute for a problem, in passes of plain decoding."""
+THRESHOLDS = {"visible": (0.25, 0.5, 0.8, 0.95), "leave_one_out": (0.25, 0.5, 0.8, 0.95), "oracle": (0.5,)}
+HEAD_THRESHOLDS = (0.05, 0.1, 0.2, 0.35)
 FREE = ("entropy_bound", "visible", "leave_one_out")
 ORACLE = "oracle"
 
@@ -71,8 +73,8 @@ def systems_of(heads: list[str], folder: Path) -> list[System]:
         model = "dsc" if name == "shipped" else name
         MODELS.setdefault(model, MODELS["dsc"] if name == ORACLE else folder / name)
         systems.append(dataclasses.replace(SYSTEMS["dsc"], name=name, label=name, model=model))
-    systems = [dataclasses.replace(system, speeds=speeds) for system in systems]
-    return [dataclasses.replace(s, grid={"remask_threshold": (0.5,)}) if s.name == ORACLE else s for s in systems]
+    grids = [{"remask_threshold": THRESHOLDS.get(s.name, HEAD_THRESHOLDS)} if s.grid else {} for s in systems]
+    return [dataclasses.replace(s, speeds=speeds, grid=grid) for s, grid in zip(systems, grids, strict=True)]
 
 
 def costs_of(runner: Runner, systems: list[System]) -> dict[str, float]:
