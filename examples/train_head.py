@@ -51,11 +51,13 @@ class StateArguments:
 
 
 def state_settings(lengths: dict[str, Any]) -> list[dict[str, Any]]:
-    """Decodes of all speeds, half of them with tokens taken back, for states like those that the head will judge."""
+    """Decodes of all speeds, fixed and adaptive, half of them with tokens taken back, for states like those that the
+    head will judge."""
+    speeds: list[dict[str, Any]] = [{"tokens_per_step": k} for k in range(1, 9)]
+    speeds += [{"unmasking": "entropy_bound", "entropy_bound": nats} for nats in (0.1, 0.5, 1.0)]
     remasking = {"remasking_score": "visible", "remask_scope": "generated", "max_remasks_per_position": 2}
-    plain = [{"tokens_per_step": k, "remasking_score": "none"} for k in range(1, 9)]
-    corrected = [{"tokens_per_step": k, "remask_threshold": 0.8, **remasking} for k in range(1, 9)]
-    return [{**lengths, **setting} for setting in plain + corrected]
+    plain = [{**lengths, **speed, "remasking_score": "none"} for speed in speeds]
+    return plain + [{**lengths, **speed, "remask_threshold": 0.8, **remasking} for speed in speeds]
 
 
 def decoding_states(

@@ -165,14 +165,9 @@ def sampler_of(kind: str, mask_token_id: int) -> ArtifactSampler:
 
 
 def decoding_settings(kind: str) -> list[dict[str, Any]]:
-    """Decodes of all speeds, fixed and adaptive; half of them with tokens taken back, unless the kind is plain."""
-    fixed = state_settings(LENGTHS)
-    plain, corrected = fixed[: len(fixed) // 2], fixed[len(fixed) // 2 :]
-    bounds = [{"unmasking": "entropy_bound", "entropy_bound": nats} for nats in (0.1, 0.5, 1.0)]
-    for settings in (plain, corrected):
-        rest = {name: value for name, value in settings[0].items() if name != "tokens_per_step"}
-        settings += [{**rest, **bound} for bound in bounds]
-    return plain if kind == "on_policy_plain" else plain + corrected
+    """Decodes of all speeds; half of them with tokens taken back, unless the kind is plain."""
+    settings = state_settings(LENGTHS)
+    return settings[: len(settings) // 2] if kind == "on_policy_plain" else settings
 
 
 class StateMaker:

@@ -32,14 +32,15 @@ TRAINING += ["--save_total_limit", "2", "--logging_steps", "100", "--per_device_
 BACKBONE_TRAINING = ["--learning_rate", "1e-3", "--muon_learning_rate", "3e-3", "--warmup_steps", "200"]
 BACKBONE_TRAINING += ["--save_steps", "500", "--eval_rows", "2000", "--eval_strategy", "steps", "--eval_steps", "1000"]
 BACKBONE_TRAINING += ["--per_device_eval_batch_size", "256"]
-HEAD_MODEL = ["--head_num_layers", "1", "--head_hidden_size", "128", "--tap_layer", "-2"]
+HEAD_MODEL = ["--head_num_layers", "1", "--head_hidden_size", "64", "--tap_layer", "-2"]
 HEAD_TRAINING = ["--learning_rate", "2e-3", "--muon_learning_rate", "2e-3", "--warmup_steps", "50"]
 HEAD_TRAINING += ["--save_steps", "250", "--eval_rows", "500", "--eval_strategy", "steps", "--eval_steps", "250"]
 HEAD_TRAINING += ["--detection_prompts", "96", "--per_device_eval_batch_size", "48"]
 GENERATION = {
     "max_new_tokens": MAX_RESPONSE_LENGTH,
     "block_length": 24,
-    "tokens_per_step": 3,
+    "unmasking": "entropy_bound",
+    "entropy_bound": 1.0,
     "remasking_score": "head",
     "remask_scope": "generated",
     "max_remasks_per_position": 2,
@@ -118,7 +119,8 @@ def main() -> None:
         base_name=f"../{BACKBONE}",
         output_dir=work / "head",
         max_steps=args.head_steps,
-        targets="leave_one_out",
+        targets="leave_one_out+leave_many_out",
+        left_out_draws=2,
         state_prompts=args.state_prompts,
         states_per_prompt=16,
         judge=f"{HERE / 'word_problems.py'}:judge",

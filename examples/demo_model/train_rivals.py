@@ -3,7 +3,8 @@
     python examples/demo_model/train_rivals.py                        # all, about two hours on 2 CPU cores
     python examples/demo_model/train_rivals.py --only paper uniform --resume
 
-Everything has the steps, the batch and the schedule of the shipped head (`train.py`), and the data that it reads
+Everything has the steps, the batch and the schedule of the shipped head (`train.py`; those of a transformer layer are
+twice as wide), and the data that it reads
 (`prepare.py` writes them if they are not there). The results are laid out in `model_cards/word-problems-rivals/`.
 """
 
@@ -13,10 +14,11 @@ import argparse
 import json
 from pathlib import Path
 
-from train import BACKBONE, DATA, GENERATION, HEAD_MODEL, HEAD_TRAINING, HERE, ROOT, TRAINING, lay_out, run
+from train import BACKBONE, DATA, GENERATION, HEAD_TRAINING, HERE, ROOT, TRAINING, lay_out, run
 
 CARDS = ROOT / "model_cards"
 
+HEAD_MODEL = ["--head_num_layers", "1", "--head_hidden_size", "128", "--tap_layer", "-2"]
 PAPER = ["--head_reread", "false"]
 LORA = ["--lora_r", "16", "--learning_rate", "1e-3", "--warmup_steps", "50"]
 SLOW = ["--save_steps", "250", "--eval_rows", "500", "--eval_strategy", "steps", "--eval_steps", "500"]
