@@ -2,14 +2,15 @@
 
     make demo                      (or: python examples/demo.py)
 
-Solves held-back word problems with the small diffusion LM in `model_cards/`, at 1 to 5 tokens a step, plainly, with
-the training-free `visible` score and with the correction head; prints a table and three problems that remasking
-changed, and writes `build/demo.json` and `build/demo.png`.
+Solves held-back word problems with the small diffusion LM in `model_cards/`, at 1 to 5 tokens a step and with entropy
+bounds, plainly, with the training-free `visible` score and with the correction head; prints a table and three problems
+that remasking changed, and writes `build/demo.json` and `build/demo.png`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -35,6 +36,8 @@ from solve import Solved, faster_dtype, generate_batch, set_threads, solve  # no
 from word_problems import draw_problems  # noqa: E402
 
 METHODS = {"plain": (1, 2, 3, 4, 5), "visible": (2, 3, 4, 5), "head": (2, 3, 4, 5)}
+BOUNDS = (1.0, 1.5)
+"""Entropy bounds in nats, for every method."""
 LABELS = {
     "plain": "plain decoding",
     "visible": "remask by visible probability (no training)",
@@ -42,30 +45,46 @@ LABELS = {
 }
 
 
-def run_all(model, tokenizer, problems, chosen: dict[str, Any], seed: int) -> tuple[list[dict[str, Any]], dict]:
-    """Every method at every number of tokens a step: rows for the table, and what each solved."""
-    rows, solved = [], {}
+def run_all(
+    model, tokenizer, problems, chosen: dict[str, Any], seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict]:
+    """Every method at every number of tokens a step, then with every entropy bound: rows for the tables, and what each
+    solved."""
+    fixed, adaptive, solved = [], [], {}
     jobs = [(method, k) for method, ks in METHODS.items() for k in ks]
+    jobs += [(method, f"{nats} nats") for method in METHODS for nats in BOUNDS]
     bar = tqdm(total=len(jobs) * len(problems), unit="problem", desc="Solving")
-    for method, k in jobs:
-        bar.set_postfix_str(f"{method}, k={k}")
-        settings = {"tokens_per_step": k, "remasking_score": "none"} if method == "plain" else chosen[method][str(k)]
-        result = solve(model, tokenizer, problems, bar=bar, **settings)
-        solved[method, k] = result
-        rows.append({"method": method, "tokens_per_step": k, **result.summary(), "seed": seed})
+    for method, speed in jobs:
+        bar.set_postfix_str(f"{method}, {speed if isinstance(speed, str) else f'k={speed}'}")
+        settings = chosen["head" if method == "plain" else method].get(str(speed), {"tokens_per_step": speed})
+        if method == "plain":
+            names = ("tokens_per_step", "unmasking", "entropy_bound")
+            settings = {"remasking_score": "none", **{n: v for n, v in settings.items() if n in names}}
+        result = solve(model, tokenizer, problems, bar=bar, batch_size=100, **settings)
+        solved[method, speed] = result
+        if isinstance(speed, str):
+            adaptive.append({"method": method, "entropy_bound": settings["entropy_bound"], **result.summary()})
+        else:
+            fixed.append({"method": method, "tokens_per_step": speed, **result.summary()})
     bar.close()
-    return rows, solved
+    for row in (*fixed, *adaptive):
+        row["seed"] = seed
+    return fixed, adaptive, solved
+
+
+def speed_of(row: dict[str, Any]) -> str:
+    """How a row's speed is called."""
+    return f"k={row['tokens_per_step']}" if "tokens_per_step" in row else f"{row['entropy_bound']} nats"
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """The rows as text."""
-    print(
-        f"\n{'method':<8} {'k':>2} {'accuracy':>15} {'reasoning':>10} {'passes':>7} {'remasks':>8} {'ms/problem':>11}"
-    )
+    head = ("accuracy", "reasoning", "passes", "remasks", "ms/problem")
+    print("\n{:<8} {:>8} {:>15} {:>10} {:>7} {:>8} {:>11}".format("method", "speed", *head))
     for row in rows:
         accuracy = f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f} %"
         print(
-            f"{row['method']:<8} {row['tokens_per_step']:>2} {accuracy:>15} {100 * row['reasoning_accuracy']:>8.1f} % "
+            f"{row['method']:<8} {speed_of(row):>8} {accuracy:>15} {100 * row['reasoning_accuracy']:>8.1f} % "
             f"{row['forward_passes']:>7.1f} {row['remasks']:>8.1f} {row['ms']:>11.1f}"
         )
 
@@ -93,18 +112,21 @@ def show_changes(
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against forward passes, one line a method."""
+    """Accuracy against forward passes: a line for each method with fixed numbers of tokens a step, and a dashed one
+    with entropy bounds."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for method, marker in zip(METHODS, "os^", strict=True):
-        own = [row for row in rows if row["method"] == method]
+    for (method, marker), adaptive in itertools.product(zip(METHODS, "os^", strict=True), (False, True)):
+        own = [row for row in rows if row["method"] == method and ("entropy_bound" in row) == adaptive]
         passes, accuracy, error = (
             [row[key] for row in own] for key in ("forward_passes", "accuracy", "standard_error")
         )
         accuracy, error = 100 * np.array(accuracy), 100 * np.array(error)
-        axes.errorbar(passes, accuracy, yerr=error, marker=marker, capsize=2, label=LABELS[method])
+        style = {"linestyle": "--", "label": None} if adaptive else {"label": LABELS[method]}
+        color = f"C{list(METHODS).index(method)}"
+        axes.errorbar(passes, accuracy, yerr=error, marker=marker, capsize=2, color=color, **style)
         for row, y in zip(own, accuracy, strict=True):
             axes.annotate(
-                f"k={row['tokens_per_step']}",
+                speed_of(row),
                 (row["forward_passes"], y),
                 (4, -11),
                 textcoords="offset points",
@@ -115,6 +137,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
+    axes.plot([], [], "k--", label="masks filled by an entropy bound")
     axes.legend(loc="lower right", fontsize=9)
     axes.set_title(f"Held-back word problems ({rows[0]['problems']}, bars: standard error)", fontsize=10)
     figure.savefig(path, dpi=150)
@@ -133,19 +156,19 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     set_threads()
     dtype = faster_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
-    print(f"Loading {args.model} with AutoModel, backbone in {dtype} ...")
+    print(f"Loading {args.model} with AutoModel, backbone and head in {dtype} ...")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModel.from_pretrained(args.model, dtype=dtype)
+    model = AutoModel.from_pretrained(args.model, dtype=dtype, head_dtype=dtype)
     chosen = json.loads((args.model / "decoding_settings.json").read_text())["chosen"]
     problems = draw_problems(args.problems, args.seed, "test")
     print(
         f"Solving {args.problems} held-back problems (test split, seed {args.seed}), for example: {problems[0].prompt}"
     )
-    rows, solved = run_all(model, tokenizer, problems, chosen, args.seed)
-    print_table(rows)
+    rows, adaptive, solved = run_all(model, tokenizer, problems, chosen, args.seed)
+    print_table(rows + adaptive)
     show_changes(model, tokenizer, problems, solved, chosen)
-    write_json(args.output_dir / "demo.json", {"rows": rows, "dtype": str(dtype)})
-    plot(rows, args.output_dir / "demo.png")
+    write_json(args.output_dir / "demo.json", {"rows": rows, "adaptive_rows": adaptive, "dtype": str(dtype)})
+    plot(rows + adaptive, args.output_dir / "demo.png")
     print(f"\nWrote {args.output_dir}/demo.json and demo.png; took {time.time() - began:.0f} s.")
     print('Try your own: python examples/generate.py --prompt "Amy has 56 shells. gives 3. finds 5. how many?"')
 

@@ -1,76 +1,84 @@
-"""Choose thresholds on validation problems, for each number of tokens a step, and store them beside the head.
+"""Choose thresholds on validation problems, for each number of tokens a step and each entropy bound of the demo, and
+store them beside the head.
 
     python examples/demo_model/choose_settings.py --model model_cards/word-problems-dsc
 
-The problems have numbers that occur in neither the training nor the test split.
+The problems have numbers that occur in neither the training nor the test split. What was run is kept in `<work_dir>`:
+a stopped run goes on, and `torchrun --nproc_per_node 2` shares the work.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
-import json
 from pathlib import Path
+from typing import Any
 
-from solve import set_threads, solve
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging
-from word_problems import draw_problems
+from comparison import Runner
+from solve import set_threads
+from systems import ANYWHERE, MODELS, SYSTEMS
+from train import ROOT
 
-import dsc_hf  # noqa: F401  (registers the Auto classes)
+from dsc_hf.evaluation.files import write_json
 
-THRESHOLDS = {"visible": (0.5, 0.65, 0.8, 0.9, 0.95), "head": (0.05, 0.1, 0.15, 0.3, 0.5)}
-MAX_PER_POSITION = (1, 2)
-VERIFY_BLOCK = (False, True)
+THRESHOLDS = {"visible": (0.5, 0.8, 0.9, 0.95), "head": (0.05, 0.1, 0.2, 0.4)}
+SPEEDS = {str(k): {"tokens_per_step": k} for k in (2, 3, 4, 5)}
+BOUNDS = {f"{nats} nats": {"unmasking": "entropy_bound", "entropy_bound": nats} for nats in (1.0, 1.5)}
+DEFAULT = "1.0 nats"
+"""What is stored in `generation_config.json`."""
 
 
-def best_row(rows: list[dict], score: str, k: int) -> dict:
-    """The best setting of a score at `k` tokens a step, of those that need at most `60 / k` forward passes (at k = 3
-    half of plain decoding at k = 1): accuracy of the number and of the reasoning, less a point for each pass."""
-    own = [r for r in rows if (r["settings"]["remasking_score"], r["settings"]["tokens_per_step"]) == (score, k)]
-    cheap = [r for r in own if r["forward_passes"] <= 60 / k] or own
+def settings_of(score: str, speed: str) -> list[dict[str, Any]]:
+    """The settings to choose from; `verify_block` pays at fixed speeds only."""
+    grid = {"remask_threshold": THRESHOLDS[score], "verify_block": (False, True) if speed in SPEEDS else (False,)}
+    arguments = {**SYSTEMS["visible"].arguments, "remasking_score": score, **ANYWHERE}
+    system = dataclasses.replace(
+        SYSTEMS["visible"], arguments=arguments, speeds=((SPEEDS | BOUNDS)[speed],), grid=grid
+    )
+    return list(system.settings())
+
+
+def best_row(rows: list[dict[str, Any]], speed: str) -> dict[str, Any]:
+    """The best row of one score and speed, of those that need at most `60 / k` forward passes (at k = 3 half of plain
+    decoding at k = 1): accuracy of the number and of the reasoning, less a point for each pass."""
+    most = 60 / SPEEDS[speed]["tokens_per_step"] if speed in SPEEDS else float("inf")
+    cheap = [row for row in rows if row["forward_passes"] <= most] or rows
     return max(cheap, key=lambda r: r["accuracy"] + r["reasoning_accuracy"] - 0.01 * r["forward_passes"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=Path("model_cards/word-problems-dsc"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "model_cards" / "word-problems-dsc")
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--seed", type=int, default=100)
-    parser.add_argument("--tokens_per_step", type=int, nargs="+", default=[2, 3, 4, 5])
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "build" / "choose_settings")
     args = parser.parse_args()
     set_threads()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModel.from_pretrained(args.model)
-    problems = draw_problems(args.problems, args.seed, "validation")
-    rows = []
-    grid = [
-        (score, k, cap, verify, threshold)
-        for score, k, cap, verify in itertools.product(
-            THRESHOLDS, args.tokens_per_step, MAX_PER_POSITION, VERIFY_BLOCK
-        )
-        for threshold in THRESHOLDS[score]
-    ]
-    for score, k, cap, verify, threshold in logging.tqdm(grid):
-        settings = {
-            "tokens_per_step": k,
-            "remasking_score": score,
-            "remask_threshold": threshold,
-            "max_remasks_per_position": cap,
-            "max_remasks_per_block": 48,
-            "remask_scope": "generated",
-            "verify_block": verify,
-        }
-        summary = solve(model, tokenizer, problems, **settings).summary()
-        rows.append({"settings": settings, **{name: summary[name] for name in summary if name != "ms"}})
+    MODELS["dsc"] = args.model
+    runner = Runner(args.work_dir)
+    tried = {key: settings_of(*key) for key in itertools.product(THRESHOLDS, SPEEDS | BOUNDS)}
+    jobs = [("dsc", settings, "validation", args.seed, args.problems) for own in tried.values() for settings in own]
+    runner.run_all(jobs, "Choosing settings")
+    if not runner.processes.is_main_process:
+        return
     chosen: dict[str, dict[str, dict]] = {}
-    for score, k in itertools.product(THRESHOLDS, args.tokens_per_step):
-        best = best_row(rows, score, k)
-        chosen.setdefault(score, {})[str(k)] = best["settings"]
-        print(score, k, best)
-    result = {"chosen": chosen, "problems": args.problems, "seed": args.seed, "split": "validation", "rows": rows}
-    (args.model / "decoding_settings.json").write_text(json.dumps(result, indent=1) + "\n")
-    model.generation_config.update(**chosen["head"].get("3", {}))
+    kept: list[dict[str, Any]] = []
+    for (score, speed), own in tried.items():
+        rows = []
+        for settings in own:
+            record = runner.run("dsc", settings, "validation", args.seed, args.problems)
+            names = ("accuracy", "standard_error", "reasoning_accuracy", "forward_passes", "remasks")
+            rows.append({"settings": settings, **{name: record[name] for name in names}})
+        best = best_row(rows, speed)
+        chosen.setdefault(score, {})[speed] = best["settings"]
+        kept += rows
+        print(score, speed, best)
+    result = {"chosen": chosen, "problems": args.problems, "seed": args.seed, "split": "validation", "rows": kept}
+    write_json(args.model / "decoding_settings.json", result)
+    model = runner.model("dsc")
+    stored = {name: value for name, value in chosen["head"][DEFAULT].items() if value is not False}
+    model.generation_config.update(**stored)
     model.generation_config.save_pretrained(args.model)
 
 

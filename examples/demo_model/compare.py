@@ -1,6 +1,7 @@
 """Compare the head with the training-free visible score on the same problems: paired differences.
 
-python examples/demo_model/compare.py --problems 1000 --seed 2 --tokens_per_step 3
+python examples/demo_model/compare.py --problems 1000 --seed 2 --speed 3
+python examples/demo_model/compare.py --problems 1000 --seed 2 --speed "1.0 nats"
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("model_cards/word-problems-dsc"))
     parser.add_argument("--problems", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=2)
-    parser.add_argument("--tokens_per_step", type=int, default=3)
+    parser.add_argument(
+        "--speed", default="3", help="as in decoding_settings.json: tokens a step, or an entropy bound"
+    )
     args = parser.parse_args()
     set_threads()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModel.from_pretrained(args.model, dtype=faster_dtype())
+    dtype = faster_dtype()
+    model = AutoModel.from_pretrained(args.model, dtype=dtype, head_dtype=dtype)
     chosen = json.loads((args.model / "decoding_settings.json").read_text())["chosen"]
     problems = draw_problems(args.problems, args.seed, "test")
-    results = {
-        score: solve(model, tokenizer, problems, **chosen[score][str(args.tokens_per_step)])
-        for score in ("head", "visible")
-    }
+    results = {score: solve(model, tokenizer, problems, **chosen[score][args.speed]) for score in ("head", "visible")}
     for score, result in results.items():
         print(score, result.summary())
     for name in ("right", "valid"):

@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CARDS = ROOT / "model_cards"
 
 TABLE = """\
-| method | tokens a step | accuracy (%) | whole reasoning right (%) | forward passes | tokens taken back |
+| method | speed | accuracy (%) | whole reasoning right (%) | forward passes | tokens taken back |
 |---|---|---|---|---|---|
 {%- for row in rows %}
-| {{ row.method }} | {{ row.tokens_per_step }} | {{ "%.1f" | format(100 * row.accuracy) }} ± {{ "%.1f" | format(100 * row.standard_error) }} | {{ "%.1f" | format(100 * row.reasoning_accuracy) }} | {{ "%.1f" | format(row.forward_passes) }} | {{ "%.1f" | format(row.remasks) }} |
+| {{ row.method }} | {{ "k = %d" | format(row.tokens_per_step) if row.tokens_per_step else "%s nats" | format(row.entropy_bound) }} | {{ "%.1f" | format(100 * row.accuracy) }} ± {{ "%.1f" | format(100 * row.standard_error) }} | {{ "%.1f" | format(100 * row.reasoning_accuracy) }} | {{ "%.1f" | format(row.forward_passes) }} | {{ "%.1f" | format(row.remasks) }} |
 {%- endfor %}
 """  # noqa: E501
 
@@ -82,10 +82,10 @@ print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
   token, its logit, entropy, is-mask flag); {{ "{:,}".format(parameters) }} parameters, fp32. The backbone is frozen
   and not in this checkpoint: `../word-problems-backbone` is found in a clone and, once pushed, under the same owner on
   the Hub.
-- **Trained** by `examples/demo_model/train.py`: leave-one-out distillation ({{ head_steps }} steps of 64 states):
-  states from the model's own decodes of training prompts, plain and with the `visible` score, at 1 to 8 tokens a step;
-  target: the backbone's probability of each token given all others. No labels. {{ minutes }} minutes on 2 shared CPU
-  cores.
+- **Trained** by `examples/demo_model/train.py`: distillation without labels ({{ head_steps }} steps of 64 states):
+  states from the model's own decodes of training prompts, plain and with the `visible` score, at 1 to 8 tokens a step
+  and with entropy bounds; target: the mean of the backbone's probability of each token given all others
+  (leave-one-out) and given 40 % of them (leave-many-out). {{ minutes }} minutes on 2 shared CPU cores.
 - **Detection** of wrong tokens (exact checker) on states of k = 3 decoding of {{ detection_prompts }} held-back
   training-split problems, at the end of training: head AUROC {{ "%.3f" | format(detection.eval_auroc) }} / average
   precision {{ "%.3f" | format(detection.eval_average_precision) }}; the training-free visible probability
@@ -95,7 +95,8 @@ print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
 - **Error probabilities** are calibrated on these states: the head's logits over
   {{ "%.3f" | format(config.head_temperature) }}, plus {{ "%.3f" | format(config.head_offset) }}.
 {%- endif %}
-- **Decoding defaults** are in `generation_config.json` (k = 3); those of the table, chosen on
+- **Decoding defaults** are in `generation_config.json` (an entropy bound of
+  {{ generation.entropy_bound }} nats); those of the table, chosen on
   {{ settings.problems }} validation problems (seed {{ settings.seed }}), in `decoding_settings.json`.
   {{ settings.note }}
 - **Measured** by `make demo` on {{ rows[0].problems }} test problems (seed {{ rows[0].seed }}), never used in training
@@ -137,7 +138,7 @@ def main() -> None:
 
     with safe_open(head / "model.safetensors", "pt") as file:
         parameters = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
-    table = Template(TABLE).render(rows=demo["rows"])
+    table = Template(TABLE).render(rows=demo["rows"] + demo["adaptive_rows"])
     common = {"rows": demo["rows"], "table": table}
     card = Template(BACKBONE).render(
         **common,
@@ -163,6 +164,7 @@ def main() -> None:
         minutes=round(seconds["Training the head"] / 60),
         detection=detection,
         detection_prompts=96,
+        generation=json.loads((head / "generation_config.json").read_text()),
         settings=json.loads((head / "decoding_settings.json").read_text()),
     )
     (head / "README.md").write_text(card)
