@@ -31,8 +31,6 @@ from dsc_hf.evaluation.files import write_json
 
 BUDGETS = (10, 15, 20)
 """Compute for a problem, in passes of plain decoding."""
-THRESHOLDS = {"visible": (0.25, 0.5, 0.8, 0.95), "leave_one_out": (0.25, 0.5, 0.8, 0.95), "oracle": (0.5,)}
-HEAD_THRESHOLDS = (0.05, 0.1, 0.2, 0.35)
 FREE = ("entropy_bound", "visible", "leave_one_out")
 ORACLE = "oracle"
 
@@ -73,14 +71,14 @@ def systems_of(heads: list[str], folder: Path) -> list[System]:
         model = "dsc" if name == "shipped" else name
         MODELS.setdefault(model, MODELS["dsc"] if name == ORACLE else folder / name)
         systems.append(dataclasses.replace(SYSTEMS["dsc"], name=name, label=name, model=model))
-    grids = [{"remask_threshold": THRESHOLDS.get(s.name, HEAD_THRESHOLDS)} if s.grid else {} for s in systems]
-    return [dataclasses.replace(s, speeds=speeds, grid=grid) for s, grid in zip(systems, grids, strict=True)]
+    systems = [dataclasses.replace(system, speeds=speeds) for system in systems]
+    return [dataclasses.replace(s, grid={"remask_threshold": (0.5,)}) if s.name == ORACLE else s for s in systems]
 
 
 def costs_of(runner: Runner, systems: list[System]) -> dict[str, float]:
     """Time of a pass of each system over a plain one's; measured once by the first process and kept. The oracle is
     free."""
-    path = runner.folder / "costs.json"
+    path = runner.folder / "head_costs.json"
     costs = json.loads(path.read_text()) if path.exists() else {}
     missing = [system for system in systems if system.name not in (ORACLE, *costs)]
     if missing and runner.processes.is_main_process:
@@ -97,10 +95,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--validation_problems", type=int, default=200, help="problems that settings are chosen on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="each draws its own problems")
     parser.add_argument("--validation_only", action="store_true", help="print all settings, solve no test problems")
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "build" / "head_study")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "build" / "head_study", help="where the heads are")
+    parser.add_argument(
+        "--output_dir", type=Path, default=ROOT / "build" / "reproduce", help="shares the comparison's journal"
+    )
     args = parser.parse_args(arguments)
     set_threads()
-    runner = HeadRunner(args.work_dir / "decoding")
+    runner = HeadRunner(args.output_dir)
     systems = systems_of(args.heads, args.work_dir / "heads")
     costs = costs_of(runner, systems)
     validation = ("validation", VALIDATION_SEED, args.validation_problems)
@@ -126,7 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.validation_only:
         text += "".join(differences(rows, name) for name in args.heads)
         text += f"\nAccuracy / whole reasoning (passes) within each budget of compute\n\n{by_budget(rows)}"
-        save(rows, args.work_dir / "decoding" / "decoding.json")
+        (args.output_dir / "head_decoding.md").write_text(text)
+        save(rows, args.output_dir / "head_decoding.json")
     print(text)
 
 
