@@ -240,3 +240,12 @@ def test_too_few_rows_are_named(study, tmp_path):
     with pytest.raises(ValueError, match="`states=31`.* has 30 rows"):
         study("look_back-labels", name="few", more=("--states", "31"))
     assert not RequestLog(tmp_path, name="study").records
+
+
+def test_other_checkpoints_are_judged_on_the_same_states(study):
+    shipped = ROOT / "model_cards" / "word-problems-dsc"
+    other = ROOT / "model_cards" / "word-problems-rivals" / "one_step"
+    _, folder = study(more=("--judge", str(shipped), str(other)), name="study")
+    records = [json.loads(line) for line in (folder / "study-rank0.jsonl").read_text().splitlines()]
+    means = {r["name"].partition(" (")[0]: r["auroc"] for r in records if r.get("decode") == "mean"}
+    assert means["word-problems-dsc"] == means["shipped"] != means["one_step"]

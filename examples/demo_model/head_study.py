@@ -25,13 +25,13 @@ import torch
 from head_features import Features, features_of
 from head_quality import DECODES, Examination, decodes_table, pass_costs, table
 from head_states import KINDS, SHARES, StateMaker, States, concatenate, kept
-from head_training import Recipe, make_model, scores_of, train
+from head_training import Recipe, make_model, scores_of, scores_of_model, train
 from safetensors.torch import save_model
 from solve import faster_dtype
 from train import BACKBONE, GENERATION, HEAD, ROOT
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
-from word_problems import MAX_RESPONSE_LENGTH, draw_problems
+from word_problems import draw_problems
 
 from dsc_hf import DSCForMaskedDiffusion
 from dsc_hf.backbones import load_backbone
@@ -144,15 +144,17 @@ class Study:
 
     def prepare_exams(self, taps: list[int]) -> None:
         """Read the states of all splits and judge the scores that need no training here."""
-        config = self.reader.config
-        shipped = Recipe(taps=(config.tap_layer,), inputs="reread" if config.head_reread else "none")
-        taps = sorted({*taps, config.tap_layer})
+        others = {"shipped": self.reader}
+        for path in self.args.judge:
+            model = AutoModel.from_pretrained(path).eval()
+            others[f"{path.name} ({weights_key(model.correction_head)[:6]})"] = model
+        taps = sorted({*taps, *(model.config.tap_layer for model in others.values())})
         for split in self.in_turn(SPLITS):
             states = self.exam(split)
             features = {name: features_of(self.reader, part, taps) for name, part in states.items()}
             exam = Examination(states, self.mask_id)
             scores = exam.rival_scores(features)
-            scores["shipped"] = scores_of(self.reader.correction_head, shipped, features, MAX_RESPONSE_LENGTH)
+            scores |= {name: scores_of_model(model, features) for name, model in others.items()}
             exam.reference = exam.qualities(scores["leave_one_out"])
             for name, values in scores.items():
                 if self.key(name, split, "mean") not in self.journal:
@@ -172,7 +174,7 @@ class Study:
         """Train and judge what was not yet; one kind of states after the other."""
         jobs = [(name, seed) for seed in seeds for name in names if not self.done(name, seed)]
         recipes = {name: VARIANTS[name] for name, _ in jobs}
-        if jobs:
+        if jobs or self.args.judge:
             self.prepare_exams(sorted({tap for recipe in recipes.values() for tap in recipe.taps}))
         bar = logging.tqdm(total=len(jobs), desc="Heads")
         for kind in self.in_turn(recipe.states for recipe in recipes.values()):
@@ -252,13 +254,14 @@ class Study:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=[*VARIANTS, *AXES], metavar="NAME")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=[*VARIANTS, *AXES], metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--report", action="store_true", help="print tables of what was measured, and run nothing")
     parser.add_argument("--split", choices=SPLITS, default="validation", help="whose tables")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "build" / "head_study")
     parser.add_argument("--data", type=Path, default=ROOT / "build" / "demo_model" / "head.jsonl")
     parser.add_argument("--model", type=Path, default=ROOT / "model_cards" / HEAD, help="the shipped model, decodes")
+    parser.add_argument("--judge", type=Path, nargs="*", default=[], help="checkpoints whose heads are judged too")
     parser.add_argument("--backbone", type=Path, default=ROOT / "model_cards" / BACKBONE)
     parser.add_argument("--states", type=int, default=24_000, help="states of each kind")
     parser.add_argument("--steps", type=int, default=1500)

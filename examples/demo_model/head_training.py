@@ -14,6 +14,7 @@ from head_features import Features
 from head_states import SHARES, States
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
+from word_problems import MAX_RESPONSE_LENGTH
 
 from dsc_hf import DSCForMaskedDiffusion
 from dsc_hf.correction_head import REREAD_INPUTS
@@ -162,3 +163,12 @@ def scores_of(head, recipe: Recipe, features: dict[str, Features], width: int) -
         ]
         result[name] = torch.cat(chunks).numpy()
     return result
+
+
+def scores_of_model(model, features: dict[str, Features]) -> dict[str, Any]:
+    """Error probabilities of the response for each decode by the head of a checkpoint, calibrated as it is."""
+    inputs = "reread" if model.config.head_reread else "none"
+    recipe = Recipe(taps=(model.config.tap_layer,), inputs=inputs)
+    return scores_of(
+        lambda **given: model.calibrated(model.correction_head(**given)), recipe, features, MAX_RESPONSE_LENGTH
+    )
