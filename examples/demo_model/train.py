@@ -119,6 +119,7 @@ def main() -> None:
         base_name=f"../{BACKBONE}",
         output_dir=work / "head",
         max_steps=args.head_steps,
+        dtype="bfloat16",
         targets="leave_one_out+leave_many_out",
         left_out_draws=2,
         state_prompts=args.state_prompts,
