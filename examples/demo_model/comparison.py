@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
+import json
 import statistics
 from argparse import Namespace
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from comparison_report import by_budget, differences, markdown, save, setup, short, solved_bits
+from peft.tuners.tuners_utils import BaseTunerLayer
 from solve import Solved, faster_dtype, generate_batch, solve
 from systems import MODELS, SYSTEMS, System
 from transformers import AutoModel, AutoTokenizer
@@ -29,6 +32,7 @@ from word_problems import draw_problems
 import dsc_hf  # noqa: F401  (registers the Auto classes)
 from dsc_hf.evaluation.costs import measure_costs
 from dsc_hf.evaluation.curves import plot_curves
+from dsc_hf.evaluation.files import write_json
 from dsc_hf.evaluation.request_log import RequestLog, key_of
 
 BUDGETS = (10, 15, 20, 50)
@@ -148,16 +152,34 @@ def choose(
 
 
 def system_costs(runner: Runner, systems: Sequence[System], rounds: int = 5, problems: int = 50) -> dict[str, float]:
-    """Time of a forward pass of each system over that of plain decoding; one setting for each, at its first speed."""
-    drawn = draw_problems(problems, 0, "validation")
-    models = {name: load(name, runner.dtype) for name in {s.model for s in systems}}
+    """Time of a forward pass of each system over that of plain decoding, by name; one setting for each, at its first
+    speed. The first process measures those that it has not measured before (with the same weights); `costs.json`."""
+    path = runner.folder / "costs.json"
+    settings = {system.name: next(iter(system.settings())) for system in systems}
+    keys = {
+        s.name: key_of(settings[s.name], runner.weights(s.model, settings[s.name].get("remasking_score") == "head"))
+        for s in systems
+    }
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    missing = [system for system in systems if keys[system.name] not in kept]
+    if missing and runner.processes.is_main_process:
+        drawn = draw_problems(problems, 0, "validation")
+        timed = [SYSTEMS["plain"], *(system for system in missing if system.name != "plain")]
+        settings["plain"] = next(iter(SYSTEMS["plain"].settings()))
+        models = {name: load(name, runner.dtype) for name in {system.model for system in timed}}
+        for layer in itertools.chain.from_iterable(model.modules() for model in models.values()):
+            if isinstance(layer, BaseTunerLayer):  # of a LoRA
+                layer.merge()  # as one would for speed
 
-    def solve_once(system: System):
-        settings = next(iter(system.settings()))
-        return generate_batch(models[system.model], runner.tokenizer, drawn, generator=0, **settings)[0]
+        def solve_once(system: System):
+            model = models[system.model]
+            return generate_batch(model, runner.tokenizer, drawn, generator=0, **settings[system.name])[0]
 
-    costs = measure_costs({s.name: functools.partial(solve_once, s) for s in systems}, "plain", rounds)
-    return {name: round(cost.time, 3) for name, cost in costs.items()}
+        costs = measure_costs({s.name: functools.partial(solve_once, s) for s in timed}, "plain", rounds)
+        write_json(path, kept | {keys[s.name]: round(costs[s.name].time, 3) for s in missing})
+    runner.processes.wait_for_everyone()
+    kept = json.loads(path.read_text())
+    return {system.name: kept[keys[system.name]] for system in systems}
 
 
 def measure(
@@ -231,9 +253,9 @@ def compare_all(runner: Runner, args: Namespace) -> None:
     for system in systems:
         require(system.model)
     rows = measure(runner, systems, args.problems, args.seeds, args.validation_problems)
+    costs = system_costs(runner, systems)
     if not runner.processes.is_main_process:
         return
-    costs = system_costs(runner, [SYSTEMS["plain"], *(s for s in systems if s.name != "plain")])
     for row in rows:
         row["compute"] = round(row["forward_passes"] * costs[row["method"]], 3)
     aups = save(rows, args.output_dir / "comparison.json")

@@ -3,7 +3,7 @@
     python examples/demo_model/head_decoding.py --heads shipped width-64-s0 mlp-128-s0 oracle
 
 Heads are those that `head_study.py` has saved in `<work_dir>/heads`; the *oracle* gives every token the exact
-checker's verdict (does it contradict the nearest valid answer?), for nothing. All decode with entropy bounds. For
+checker's verdict (does it contradict the nearest valid answer?) and costs nothing. All decode with entropy bounds. For
 each score the most accurate setting whose passes times the measured cost of a pass are within 10, 15 and 20 plain
 passes is chosen on validation problems, and tried on test problems of several seeds. A stopped run goes on; `torchrun
 --nproc_per_node 2` shares the work.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from train import ROOT
 from word_problems import MAX_RESPONSE_LENGTH, AnswerChecker, parse_prompt
 
 import dsc_hf  # noqa: F401  (registers the Auto classes)
-from dsc_hf.evaluation.files import write_json
 
 BUDGETS = (10, 15, 20)
 """Compute for a problem, in passes of plain decoding."""
@@ -75,19 +73,6 @@ def systems_of(heads: list[str], folder: Path) -> list[System]:
     return [dataclasses.replace(s, grid={"remask_threshold": (0.5,)}) if s.name == ORACLE else s for s in systems]
 
 
-def costs_of(runner: Runner, systems: list[System]) -> dict[str, float]:
-    """Time of a pass of each system over a plain one's; measured once by the first process and kept. The oracle is
-    free."""
-    path = runner.folder / "head_costs.json"
-    costs = json.loads(path.read_text()) if path.exists() else {}
-    missing = [system for system in systems if system.name not in (ORACLE, *costs)]
-    if missing and runner.processes.is_main_process:
-        costs |= system_costs(runner, [SYSTEMS["plain"], *missing])
-        write_json(path, costs)
-    runner.processes.wait_for_everyone()
-    return {ORACLE: 1.0, **json.loads(path.read_text())}
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", nargs="+", default=["shipped", ORACLE], metavar="NAME")
@@ -103,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     set_threads()
     runner = HeadRunner(args.output_dir)
     systems = systems_of(args.heads, args.work_dir / "heads")
-    costs = costs_of(runner, systems)
+    costs = {**system_costs(runner, [system for system in systems if system.name != ORACLE]), ORACLE: 1.0}
     validation = ("validation", VALIDATION_SEED, args.validation_problems)
     tried = [(system, settings) for system in systems for settings in system.settings()]
     runner.run_all([(system.model, settings, *validation) for system, settings in tried], "Choosing settings")
