@@ -77,8 +77,8 @@ def main() -> None:
     result = {"chosen": chosen, "problems": args.problems, "seed": args.seed, "split": "validation", "rows": kept}
     write_json(args.model / "decoding_settings.json", result)
     model = runner.model("dsc")
-    stored = {name: value for name, value in chosen["head"][DEFAULT].items() if value is not False}
-    model.generation_config.update(**stored)
+    best = chosen["head"][DEFAULT]
+    model.generation_config.update(**{name: best[name] for name in (*BOUNDS[DEFAULT], "remask_threshold")})
     model.generation_config.save_pretrained(args.model)
 
 
