@@ -373,6 +373,7 @@ def test_on_the_demo_model_the_head_leads_and_random_does_not(monkeypatch):
         [problem.prompt for problem in word_problems.draw_problems(12, 5, "validation")],
         judge=word_problems.judge(tokenizer),
         tokenizer=tokenizer,
+        settings={"tokens_per_step": 3},
         timing_rounds=0,
         resamples=30,
         progress=False,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import statistics
 from argparse import Namespace
@@ -53,9 +52,14 @@ def require(name: str) -> None:
 
 
 def load(name: str, dtype: torch.dtype):
-    """One of `MODELS`; the head as precise as the backbone (in fp32 it costs twice as much here)."""
+    """One of `MODELS`, for speed: the head as precise as the backbone (in fp32 it costs twice as much here), a LoRA
+    merged into it."""
     require(name)
-    return AutoModel.from_pretrained(MODELS[name], dtype=dtype, head_dtype=dtype).eval()
+    model = AutoModel.from_pretrained(MODELS[name], dtype=dtype, head_dtype=dtype).eval()
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+    return model
 
 
 Job = tuple[str, Settings, str, int, int]
@@ -167,9 +171,6 @@ def system_costs(runner: Runner, systems: Sequence[System], rounds: int = 5, pro
         timed = [SYSTEMS["plain"], *(system for system in missing if system.name != "plain")]
         settings["plain"] = next(iter(SYSTEMS["plain"].settings()))
         models = {name: load(name, runner.dtype) for name in {system.model for system in timed}}
-        for layer in itertools.chain.from_iterable(model.modules() for model in models.values()):
-            if isinstance(layer, BaseTunerLayer):  # of a LoRA
-                layer.merge()  # as one would for speed
 
         def solve_once(system: System):
             model = models[system.model]
