@@ -4,8 +4,9 @@
     python examples/demo_model/train.py --resume           # go on after an interruption
 
 Writes problems, trains the backbone (`examples/train_backbone.py`) and the correction head (`examples/train_head.py`),
-lays both out as Hub snapshots in `model_cards/`, and chooses thresholds on validation problems. `make demo` then
-measures on test problems, and `python examples/demo_model/write_cards.py` puts the measured table into the cards.
+lays both out as Hub snapshots in `model_cards/`, calibrates the head and chooses thresholds on validation problems.
+`make demo` then measures on test problems, and `python examples/demo_model/write_cards.py` puts the measured table into
+the cards.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ def main() -> None:
     lay_out(work / "head", cards / HEAD)
     checkpoint = work / "head" / f"checkpoint-{args.head_steps}"
     shutil.copyfile(checkpoint / "trainer_state.json", cards / HEAD / "trainer_state.json")
+    run("Calibrating the head", seconds, "demo_model/calibrated.py", "--save", model=cards / HEAD)
     run(
         "Choosing thresholds",
         seconds,
