@@ -5,7 +5,7 @@
 
 Writes problems, trains the backbone (`examples/train_backbone.py`) and the correction head (`examples/train_head.py`),
 lays both out as Hub snapshots in `model_cards/`, calibrates the head and chooses thresholds on validation problems.
-`make demo` then measures on test problems, and `python examples/demo_model/write_cards.py` puts the measured table into
+`make demo` then measures on test problems, `python examples/demo_model/write_cards.py` puts the measured table into
 the cards.
 """
 
