@@ -121,6 +121,11 @@ are in `comparison.json`.
 
 {{ text }}
 {% endfor %}
+{% for number in figures %}
+### Figure {{ number }} of the paper (`--figure {{ number }}`)
+
+![figure {{ number }}](figure_{{ number }}.png)
+{% endfor %}
 ## Limits
 As of its backbone: one task. The head was trained once, with one seed, and fits this backbone only; its threshold does
 not carry over to other heads.
@@ -153,8 +158,12 @@ def main() -> None:
         shutil.copyfile(measured / "comparison.json", head / "comparison.json")
         shutil.copyfile(measured / "comparison_forward_passes.png", head / "comparison.png")
     tables = [(n, measured / f"table_{n}.md") for n in range(1, 8)]
+    figures = [n for n in range(1, 4) if (measured / f"figure_{n}.png").exists()]
+    for number in figures:
+        shutil.copyfile(measured / f"figure_{number}.png", head / f"figure_{number}.png")
     card = Template(HEAD).render(
         **common,
+        figures=figures,
         comparison=comparison.read_text() if comparison.exists() else None,
         tables=[(number, path.read_text()) for number, path in tables if path.exists()],
         config=config,
