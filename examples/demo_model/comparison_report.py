@@ -33,20 +33,22 @@ def setup(args: Namespace) -> str:
 
 
 def markdown(rows: list[dict[str, Any]], title: str, args: Namespace, aups: dict[str, float] | None = None) -> str:
-    """A Markdown table of rows; the AUP of each method stands in its first one."""
+    """A Markdown table of rows; compute and the AUP of each method (in its first row) where they are known."""
+    known = aups is not None
+    columns = ["system", "settings", "accuracy (%)", "whole reasoning (%)", "passes"]
+    columns += ["compute", "remasks", "AUP"] if known else ["remasks"]
     lines = [f"{title} ({setup(args).partition(';')[0]}; ± one standard error)", ""]
-    lines += ["| system | settings | accuracy (%) | whole reasoning (%) | passes | compute | remasks | AUP |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     shown = set()
     for row in rows:
-        compute = f"{row['compute']:.1f}" if "compute" in row else ""
-        aup = "" if aups is None or row["method"] in shown else f"{aups[row['method']]:.0f}"
+        cells = [row["label"], short(row["settings"])]
+        cells += [f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f}"]
+        cells += [f"{100 * row['reasoning_accuracy']:.1f}", f"{row['forward_passes']:.1f}"]
+        cells += [f"{row['compute']:.1f}" if "compute" in row else ""] if known else []
+        cells += [f"{row['remasks']:.1f}"]
+        cells += ["" if row["method"] in shown else f"{aups[row['method']]:.0f}"] if known else []
         shown.add(row["method"])
-        lines.append(
-            f"| {row['label']} | {short(row['settings'])} | {100 * row['accuracy']:.1f} ± "
-            f"{100 * row['standard_error']:.1f} | {100 * row['reasoning_accuracy']:.1f} | {row['forward_passes']:.1f} "
-            f"| {compute} | {row['remasks']:.1f} | {aup} |"
-        )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
