@@ -66,9 +66,9 @@ def systems_of(heads: list[str], folder: Path) -> list[System]:
     speeds = tuple({"unmasking": "entropy_bound", "entropy_bound": nats} for nats in BOUNDS)
     systems = [SYSTEMS[name] for name in FREE]
     for name in heads:
-        rules, model = (SYSTEMS["dsc"], "dsc") if name == "shipped" else (SYSTEMS["look_back"], name)
+        model = "dsc" if name == "shipped" else name
         MODELS.setdefault(model, MODELS["dsc"] if name == ORACLE else folder / name)
-        systems.append(dataclasses.replace(rules, name=name, label=name, model=model))
+        systems.append(dataclasses.replace(SYSTEMS["dsc"], name=name, label=name, model=model))
     systems = [dataclasses.replace(system, speeds=speeds) for system in systems]
     return [dataclasses.replace(s, grid={"remask_threshold": (0.5,)}) if s.name == ORACLE else s for s in systems]
 

@@ -27,8 +27,6 @@ ADAPTIVE = (
     *({"unmasking": "entropy_bound", "entropy_bound": nats} for nats in BOUNDS),
 )
 HEAD_THRESHOLDS = (0.05, 0.15, 0.4)
-CALIBRATED_THRESHOLDS = (0.02, 0.05, 0.15)
-"""For the shipped head, whose probabilities are calibrated: they are smaller."""
 FREE_THRESHOLDS = (0.5, 0.8, 0.95)
 ANYWHERE = {"remask_scope": "generated"}
 
@@ -97,7 +95,7 @@ SYSTEMS = {
             RULES["entropy_bound"],
             tuple({"entropy_bound": nats} for nats in (0.02, 0.05, 0.1, *BOUNDS)),
         ),
-        _remasker("dsc", "DSC, the shipped head (distilled, no labels)", thresholds=CALIBRATED_THRESHOLDS),
+        _head("dsc", "DSC, the shipped head (distilled, no labels)", "dsc"),
         _head("look_back", "DSC, look-back labels, re-read inputs", "look_back"),
         _head("paper", "DSC as in the paper", "paper"),
         _head("uniform", "uniform artifacts (RemeDi)", "uniform"),
