@@ -188,13 +188,14 @@ def main() -> None:
     by = (whole - args.layers[0]) / (args.layers[1] - args.layers[0])
     print(
         f"{whole} layers, {args.batch} rows of {args.length} tokens; hours are for {ROWS:,} rows\n\n"
-        f"| | GiB | TFLOP a row | s a row here | hours here | hours at {args.tflops:g} TFLOP/s |\n" + "|---" * 6 + "|"
+        f"| | GiB | TFLOP a row | hours at {args.tflops:g} TFLOP/s | hours on this device |\n" + "|---" * 5 + "|"
     )
     for name, cost in few.items():
         step = cost.extrapolated(many[name], by)
-        seconds, tflop = step.seconds / args.batch, step.operations / args.batch / 1e12
-        here, there = (ROWS * s / 3600 for s in (seconds, tflop / args.tflops))
-        print(f"| {name} | {step.bytes / 2**30:.1f} | {tflop:.1f} | {seconds:.1f} | {here:,.0f} | {there:,.1f} |")
+        tflop = step.operations / args.batch / 1e12
+        there, here = (ROWS * s / 3600 for s in (tflop / args.tflops, step.seconds / args.batch))
+        measured = f"{here:,.0f}" if args.device == "cuda" else "(a CPU)"
+        print(f"| {name} | {step.bytes / 2**30:.1f} | {tflop:.1f} | {there:,.1f} | {measured} |")
 
 
 if __name__ == "__main__":
