@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "demo_model"))
 
 import comparison  # noqa: E402
+import head_decoding  # noqa: E402
 import paper_scale  # noqa: E402
 import paper_tables  # noqa: E402
 from comparison import Runner, choose, summarise  # noqa: E402
@@ -101,6 +104,43 @@ def test_a_torn_line_is_passed_over(tmp_path, solved):
 def test_the_best_setting_within_each_budget_is_chosen(tmp_path, solved):
     chosen = choose(Runner(tmp_path), CHEAP, 12, 100, budgets=(5, 10, 30, 60))
     assert {budget: s["tokens_per_step"] for budget, s in chosen.items()} == {10: 6, 30: 2}
+    dear = choose(Runner(tmp_path), CHEAP, 12, 100, budgets=(5, 10, 30, 60), pass_cost=1.5)  # 12 and 36 of compute
+    assert {budget: s["tokens_per_step"] for budget, s in dear.items()} == {30: 6, 60: 2}
+
+
+def test_what_a_pass_costs_is_measured_once(tmp_path, monkeypatch):
+    timed = []
+
+    def measure_costs(runs, reference, rounds):
+        timed.append(list(runs))
+        return {name: Namespace(time=1.25) for name in runs}
+
+    monkeypatch.setattr(comparison, "measure_costs", measure_costs)
+    monkeypatch.setattr(comparison, "load", lambda name, dtype: None)
+    wanted = [comparison.SYSTEMS[name] for name in ("plain", "visible")]
+    for systems in (wanted, wanted, [*wanted, comparison.SYSTEMS["random"]]):
+        costs = comparison.system_costs(Runner(tmp_path), systems)
+        assert costs == {system.name: 1.25 for system in systems}
+    assert timed == [["plain", "visible"], ["plain", "random"]]
+
+
+def test_heads_of_the_study_and_an_oracle_are_systems_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(head_decoding, "MODELS", dict(head_decoding.MODELS))
+    systems = {s.name: s for s in head_decoding.systems_of(["shipped", "base-s0", "oracle"], tmp_path)}
+    assert list(systems) == ["entropy_bound", "visible", "leave_one_out", "shipped", "base-s0", "oracle"]
+    assert head_decoding.MODELS["base-s0"] == tmp_path / "base-s0" and systems["base-s0"].model == "base-s0"
+    assert {s["remask_threshold"] for s in systems["oracle"].settings()} == {0.5}
+    assert all("entropy_bound" in s for system in systems.values() for s in system.settings())
+    model = AutoModel.from_pretrained(head_decoding.MODELS["dsc"])
+    tokenizer = AutoTokenizer.from_pretrained(head_decoding.MODELS["dsc"])
+    problem = draw_problems(1, 0, "validation")[0]
+    prompt, response = tokenizer(problem.prompt).input_ids, tokenizer(next(problem.responses())).input_ids
+    text = torch.tensor([prompt + response + [tokenizer.eos_token_id] * (48 - len(response))])
+    head_decoding.make_oracle(model, tokenizer)
+    assert (model.score(text, None, None, torch.ones_like(text)) > 0).all()
+    text[0, len(prompt)] = tokenizer.eos_token_id  # where the answer begins
+    scores = model.score(text, None, None, torch.ones_like(text))[0]
+    assert scores[len(prompt)] < 0 and (scores[: len(prompt)] > 0).all()
 
 
 def test_seeds_are_pooled_and_differences_paired(tmp_path, solved):
