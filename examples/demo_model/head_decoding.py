@@ -108,12 +108,13 @@ def main(arguments: list[str] | None = None) -> None:
         return
     for row in rows:
         row["compute"] = round(row["forward_passes"] * costs[row["method"]], 3)
-    aups = save(rows, args.output_dir / "head_decoding.json")
+    file = args.output_dir / ("head_decoding_validation" if args.validation_only else "head_decoding")
+    aups = save(rows, file.with_suffix(".json"))
     text = markdown(rows, "Heads at equal compute", args, aups)
     if not args.validation_only:
         text += "".join(differences(rows, name) for name in args.heads)
         text += f"\nAccuracy / whole reasoning (passes) within each budget of compute\n\n{by_budget(rows)}"
-        (args.output_dir / "head_decoding.md").write_text(text)
+    file.with_suffix(".md").write_text(text)
     print(text)
 
 

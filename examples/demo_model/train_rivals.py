@@ -4,8 +4,8 @@
     python examples/demo_model/train_rivals.py --only paper uniform --resume
 
 Everything has the steps, the batch and the schedule of the shipped head (`train.py`; those of a transformer layer are
-twice as wide), and the data that it reads
-(`prepare.py` writes them if they are not there). The results are laid out in `model_cards/word-problems-rivals/`.
+twice as wide), and the data that it reads (`prepare.py` writes them if they are not there). The results are laid
+out in `model_cards/word-problems-rivals/`.
 """
 
 from __future__ import annotations

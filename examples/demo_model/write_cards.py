@@ -85,20 +85,20 @@ print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
 - **Trained** by `examples/demo_model/train.py`: distillation without labels ({{ head_steps }} steps of 64 states):
   states from the model's own decodes of training prompts, plain and with the `visible` score, at 1 to 8 tokens a step
   and with entropy bounds; target: the mean of the backbone's probability of each token given all others
-  (leave-one-out) and given 40 % of them (leave-many-out). {{ minutes }} minutes on 2 shared CPU cores.
+  (leave-one-out) and given 40 % of them (leave-many-out). {{ minutes }} minutes on one CPU core, without collecting
+  the states.
 - **Detection** of wrong tokens (exact checker) on states of k = 3 decoding of {{ detection_prompts }} held-back
   training-split problems, at the end of training: head AUROC {{ "%.3f" | format(detection.eval_auroc) }} / average
   precision {{ "%.3f" | format(detection.eval_average_precision) }}; the training-free visible probability
   {{ "%.3f" | format(detection.eval_visible_auroc) }} / {{ "%.3f" | format(detection.eval_visible_average_precision)
   }}.
 {%- if config.head_temperature is defined and config.head_temperature != 1 %}
-- **Error probabilities** are calibrated on these states: the head's logits over
-  {{ "%.3f" | format(config.head_temperature) }}, plus {{ "%.3f" | format(config.head_offset) }}.
+- **Error probabilities** are calibrated on decodes of validation problems (`calibrated.py --save`): the head's
+  logits over {{ "%.3f" | format(config.head_temperature) }}, plus {{ "%.3f" | format(config.head_offset) }}.
 {%- endif %}
 - **Decoding defaults** are in `generation_config.json` (an entropy bound of
   {{ generation.entropy_bound }} nats); those of the table, chosen on
   {{ settings.problems }} validation problems (seed {{ settings.seed }}), in `decoding_settings.json`.
-  {{ settings.note }}
 - **Measured** by `make demo` on {{ rows[0].problems }} test problems (seed {{ rows[0].seed }}), never used in training
   or for choosing thresholds; ± is one standard error:
 
