@@ -45,31 +45,23 @@ LABELS = {
 }
 
 
-def run_all(
-    model, tokenizer, problems, chosen: dict[str, Any], seed: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict]:
-    """Every method at every number of tokens a step, then with every entropy bound: rows for the tables, and what each
+def run_all(model, tokenizer, problems, chosen: dict[str, Any], seed: int) -> tuple[list[dict[str, Any]], dict]:
+    """Every method at every number of tokens a step, then with every entropy bound: rows for the table, and what each
     solved."""
-    fixed, adaptive, solved = [], [], {}
-    jobs = [(method, k) for method, ks in METHODS.items() for k in ks]
-    jobs += [(method, f"{nats} nats") for method in METHODS for nats in BOUNDS]
+    rows, solved = [], {}
+    jobs = [(method, {"tokens_per_step": k}) for method, ks in METHODS.items() for k in ks]
+    jobs += [(method, {"entropy_bound": nats}) for method in METHODS for nats in BOUNDS]
     bar = tqdm(total=len(jobs) * len(problems), unit="problem", desc="Solving")
     for method, speed in jobs:
-        bar.set_postfix_str(f"{method}, {speed if isinstance(speed, str) else f'k={speed}'}")
-        settings = chosen["head" if method == "plain" else method].get(str(speed), {"tokens_per_step": speed})
-        if method == "plain":
-            names = ("tokens_per_step", "unmasking", "entropy_bound")
-            settings = {"remasking_score": "none", **{n: v for n, v in settings.items() if n in names}}
+        name = speed_of(speed)
+        bar.set_postfix_str(f"{method}, {name}")
+        plain = {"remasking_score": "none", **speed}
+        settings = plain if method == "plain" else chosen[method][name.removeprefix("k=")]
         result = solve(model, tokenizer, problems, bar=bar, batch_size=100, **settings)
-        solved[method, speed] = result
-        if isinstance(speed, str):
-            adaptive.append({"method": method, "entropy_bound": settings["entropy_bound"], **result.summary()})
-        else:
-            fixed.append({"method": method, "tokens_per_step": speed, **result.summary()})
+        solved[method, name] = result
+        rows.append({"method": method, **speed, **result.summary(), "seed": seed})
     bar.close()
-    for row in (*fixed, *adaptive):
-        row["seed"] = seed
-    return fixed, adaptive, solved
+    return rows, solved
 
 
 def speed_of(row: dict[str, Any]) -> str:
@@ -93,7 +85,7 @@ def show_changes(
     model, tokenizer, problems, solved: dict[Any, Solved], chosen: dict[str, Any], count: int = 3
 ) -> None:
     """Problems that plain decoding got wrong and remasking right: before, what was taken back, after."""
-    plain, head = solved["plain", 3], solved["head", 3]
+    plain, head = solved["plain", "k=3"], solved["head", "k=3"]
     changed = np.nonzero(~plain.valid & head.valid)[0][:count]
     print(f"\nk = 3: {(~plain.valid & head.valid).sum()} problems were solved right only with the head, ", end="")
     print(f"{(plain.valid & ~head.valid).sum()} only without it. Some of the first:")
@@ -164,11 +156,15 @@ def main() -> None:
     print(
         f"Solving {args.problems} held-back problems (test split, seed {args.seed}), for example: {problems[0].prompt}"
     )
-    rows, adaptive, solved = run_all(model, tokenizer, problems, chosen, args.seed)
-    print_table(rows + adaptive)
+    rows, solved = run_all(model, tokenizer, problems, chosen, args.seed)
+    print_table(rows)
     show_changes(model, tokenizer, problems, solved, chosen)
-    write_json(args.output_dir / "demo.json", {"rows": rows, "adaptive_rows": adaptive, "dtype": str(dtype)})
-    plot(rows + adaptive, args.output_dir / "demo.png")
+    by_rule = {
+        "rows": [row for row in rows if "tokens_per_step" in row],
+        "adaptive_rows": [row for row in rows if "entropy_bound" in row],
+    }
+    write_json(args.output_dir / "demo.json", {**by_rule, "dtype": str(dtype)})
+    plot(rows, args.output_dir / "demo.png")
     print(f"\nWrote {args.output_dir}/demo.json and demo.png; took {time.time() - began:.0f} s.")
     print('Try your own: python examples/generate.py --prompt "Amy has 56 shells. gives 3. finds 5. how many?"')
 
