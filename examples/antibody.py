@@ -23,6 +23,7 @@ import importlib.util
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -229,31 +230,43 @@ def recovery_table(model, batches: list[dict], args: argparse.Namespace, thresho
 
 
 @torch.no_grad()
+def judged_states(model, batch: dict[str, torch.Tensor], k: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Infill without remasking. What stands before every step `(B, L)`, which residues were written so far, with which
+    probabilities; and how the model reads it, logits `(B, L, V)` and states of the tapped block `(B, L, D)`."""
+    clean, mask, labels = (batch[key].to(model.device) for key in ("input_ids", "attention_mask", "labels"))
+    ids = clean.masked_fill(labels != -100, model.config.mask_token_id)
+    written = torch.ones(ids.shape, device=ids.device)
+    for step in infill(model, batch, k, output_history=True).history:
+        logits, states = model.read(ids, mask)
+        judged = (labels != -100) & (ids != model.config.mask_token_id) & step.active[:, None].to(ids.device)
+        yield ids, judged, written, logits, states
+        logits[..., model.config.mask_token_id] = -torch.inf
+        ids = step.sequences.to(ids.device)
+        probabilities = logits.float().softmax(-1).gather(-1, ids[..., None])[..., 0]
+        written = torch.where(step.unmasked.to(ids.device), probabilities, written)
+
+
+@torch.no_grad()
 def replay(model, batches: list[dict], speeds: list[int]) -> dict[str, np.ndarray]:
     """Infill without remasking; before every step all scores judge all residues written so far, each `(residues,)`."""
     found: dict[str, list[torch.Tensor]] = {name: [] for name in (*SCORES, "wrong", "row")}
-    mask_id, rows = model.config.mask_token_id, 0
+    rows = 0
     for batch in batches:
-        clean, mask, labels = (batch[k].to(model.device) for k in ("input_ids", "attention_mask", "labels"))
+        clean, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
         row = torch.arange(rows, rows := rows + len(clean), device=clean.device)[:, None].expand_as(clean)
         for k in speeds:
-            ids = clean.masked_fill(labels != -100, mask_id)
-            written = torch.ones(ids.shape, device=ids.device)
-            for step in infill(model, batch, k, output_history=True).history:
-                logits, states = model.read(ids, mask)
+            for ids, judged, written, logits, states in judged_states(model, batch, k):
+                if not judged.any():
+                    continue
                 error_logits = model.score(ids, logits, states, mask)
-                logits[..., mask_id] = -torch.inf
-                p = logits.float().softmax(-1)
-                judged = (labels != -100) & (ids != mask_id) & step.active[:, None].to(ids.device)
-                if judged.any():
-                    left_out = leave_one_out_probabilities(model, ids, judged, mask)
-                    reading = Reading(error_logits, p.gather(-1, ids[..., None])[..., 0], left_out, written)
-                    values = {name: score(reading) for name, score in SCORES.items()}
-                    values |= {"wrong": ids != clean, "row": row}
-                    for name, value in values.items():
-                        found[name].append(value[judged].cpu())
-                ids = step.sequences.to(ids.device)
-                written = torch.where(step.unmasked.to(ids.device), p.gather(-1, ids[..., None])[..., 0], written)
+                logits[..., model.config.mask_token_id] = -torch.inf
+                visible = logits.float().softmax(-1).gather(-1, ids[..., None])[..., 0]
+                left_out = leave_one_out_probabilities(model, ids, judged, mask)
+                reading = Reading(error_logits, visible, left_out, written)
+                values = {name: score(reading) for name, score in SCORES.items()}
+                values |= {"wrong": ids != clean, "row": row}
+                for name, value in values.items():
+                    found[name].append(value[judged].cpu())
     return {name: torch.cat(values).numpy() for name, values in found.items()}
 
 

@@ -6,6 +6,7 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
@@ -189,3 +190,47 @@ def test_other_weights_are_refused(antibody, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"missing .*transform.dense.bias.* unexpected .*cls.other.bias"):
         antibody.convert_antiberty(tmp_path / "backbone")
     assert not (tmp_path / "backbone").exists()
+
+
+def test_study_judges_heads_once(antibody, run, monkeypatch, capsys):
+    argv, _, folder = run
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import antibody_study
+
+    trained, train = [], antibody_study.train
+    monkeypatch.setattr(antibody_study, "train", lambda head, *rest: trained.append(rest[0]) or train(head, *rest))
+    monkeypatch.syspath_prepend(folder)
+    argv = [*argv, "--output_dir", str(folder / "study"), "--states", "12", "--variants", "base", "paper", "mlp-256"]
+    antibody_study.main(argv)
+    assert trained == [antibody_study.VARIANTS[name] for name in ("base", "mlp-256", "paper")]  # kind after kind
+    report = capsys.readouterr().out
+    assert all(report.count(f"| {name} |") == 2 for name in ("base", "paper", "mlp-256", "visible", "many_out_1.0"))
+    assert report.count("| leave_one_out |") == 2
+    antibody_study.main(argv)
+    assert len(trained) == 3 and capsys.readouterr().out == report  # nothing is done twice
+
+
+def test_study_judges_written_residues_only(antibody, run, monkeypatch):
+    _, _, folder = run
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from antibody_study import InfillMaker
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "out" / "backbone")
+    model = DSCForMaskedDiffusion.from_pretrained(folder / "out" / "head").eval()
+    args = antibody.parse_arguments(TINY)
+    rows = [{"input_ids": tokenizer(s).input_ids} for s in make_families(4)]
+    maker = InfillMaker(model, tokenizer, 80, args)
+    for states in (maker.every_step(rows, 1), maker.on_policy(rows, 9, 1), maker.look_back(rows, 9, 1)):
+        judged, mask_id = states.visible(model.config.mask_token_id), model.config.mask_token_id
+        assert judged.any(1).all() and (states.ids[judged] != mask_id).all() and states.real[judged].all()
+        assert hidden_of(states, mask_id).sum(1).max() <= 2 * 6  # stretches only
+        assert ((0 < states.left_out[judged]) & (states.left_out[judged] < 1)).all()
+        assert not np.isnan(states.many_out[judged][:, 1]).any()  # all are left out at once
+        assert np.isnan(states.many_out[~judged]).all()
+    plain = maker.every_step(rows, 1)
+    assert (plain.correct[~hidden_of(plain, mask_id)]).all()  # all else is the sequence itself
+    assert plain.problem.max() == len(rows) - 1
+
+
+def hidden_of(states, mask_id: int) -> np.ndarray:
+    return states.judged | (states.ids == mask_id)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "demo_model"))
 
 import head_study  # noqa: E402
-from head_quality import RIVALS, Examination, weighted_quality  # noqa: E402
+from head_quality import Examination, weighted_quality  # noqa: E402
 from head_states import SHARES, OwnStepsArtifacts, States, concatenate, kept  # noqa: E402
 from head_training import Recipe, batches  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -24,6 +24,7 @@ from dsc_hf.evaluation.request_log import RequestLog  # noqa: E402
 
 TINY = ["--states", "24", "--steps", "3", "--batch_size", "8", "--problems", "3", "--states_per_problem", "2"]
 MASK = 2
+SCORES = ("visible", "leave_one_out", "written", "visible+leave_one_out", *(f"many_out_{share}" for share in SHARES))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_heads_trained_together_are_those_trained_alone_and_none_is_trained_twic
     trained, folder = study(*names)
     assert trained == [head_study.VARIANTS[name] for name in names]
     report = capsys.readouterr().out
-    assert all(f"| {name} |" in report for name in (*names, *RIVALS, "shipped"))
+    assert all(f"| {name} |" in report for name in (*names, *SCORES, "shipped"))
 
     alone, other = study("wrong-3", name="alone", more=("--rank", "1"))
     together = weights_of(folder, "wrong-3")
@@ -233,7 +234,7 @@ def test_states_are_made_once_and_prompts_of_other_widths_are_padded(tmp_path):
 
 def test_variants_differ_from_the_base_and_from_the_rivals():
     assert len(set(head_study.VARIANTS.values())) == len(head_study.VARIANTS)
-    assert not set(head_study.VARIANTS) & {*RIVALS, *head_study.AXES}
+    assert not set(head_study.VARIANTS) & {*SCORES, *head_study.AXES}
 
 
 def test_too_few_rows_are_named(study, tmp_path):

@@ -29,6 +29,8 @@ import dsc_hf  # noqa: F401  (registers the Auto classes)
 
 BUDGETS = (10, 15, 20)
 """Compute for a problem, in passes of plain decoding."""
+FINE_BOUNDS = tuple(sorted({*BOUNDS, 0.4, 0.6, 0.875, 1.125, 1.375, 1.625, 1.875}))
+"""A finer grid than the comparison's: between two of its bounds lies a pass, more than a head costs."""
 FREE = ("entropy_bound", "visible", "leave_one_out")
 ORACLE = "oracle"
 
@@ -63,7 +65,7 @@ class HeadRunner(Runner):
 
 def systems_of(heads: list[str], folder: Path) -> list[System]:
     """The free scores and the heads, each at all entropy bounds; adds the heads to `MODELS`."""
-    speeds = tuple({"unmasking": "entropy_bound", "entropy_bound": nats} for nats in BOUNDS)
+    speeds = tuple({"unmasking": "entropy_bound", "entropy_bound": nats} for nats in FINE_BOUNDS)
     systems = [SYSTEMS[name] for name in FREE]
     for name in heads:
         model = "dsc" if name == "shipped" else name

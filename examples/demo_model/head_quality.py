@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from head_features import Features, features_of
-from head_states import LENGTHS, SHARES, States
+from head_states import LENGTHS, States
 from transformers.utils import logging
 
 from dsc_hf.correction_head import reread_inputs
@@ -30,8 +31,6 @@ DECODES: dict[str, dict[str, Any]] = {
 }
 """The decodes whose states are judged; the head of the fourth is the shipped one."""
 
-RIVALS = ("visible", "leave_one_out", "written", "visible+leave_one_out")
-RIVALS += tuple(f"many_out_{share}" for share in SHARES)
 LEAST_ERROR_RATE = 0.005
 """States with fewer wrong tokens don't count in means over decodes."""
 QUALITIES = ("auroc", "average_precision")
@@ -121,7 +120,7 @@ class Examination:
 
     def rival_scores(self, features: dict[str, Features]) -> dict[str, dict[str, np.ndarray]]:
         """Error probabilities `(N, R)` of the scores that need no training, for each decode."""
-        scores: dict[str, dict[str, np.ndarray]] = {name: {} for name in RIVALS}
+        scores: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
         for name, states in self.states.items():
             width = states.left_out.shape[1]
             seen = -4 * features[name].reread[:, -width:, 0]  # log-odds of an error
@@ -129,7 +128,7 @@ class Examination:
             scores["visible"][name] = torch.sigmoid(seen).numpy()
             scores["leave_one_out"][name] = 1 - states.left_out
             scores["written"][name] = 1 - states.written
-            for i, share in enumerate(SHARES):  # a token that was never hidden is not suspected
+            for i, share in enumerate(states.shares):  # a token that was never hidden is not suspected
                 scores[f"many_out_{share}"][name] = 1 - np.nan_to_num(states.many_out[..., i], nan=1.0)
             both = (seen - torch.logit(left_out.double(), 1e-7)) / 2
             scores["visible+leave_one_out"][name] = torch.sigmoid(both).float().numpy()
@@ -196,9 +195,9 @@ def table(title: str, rows: dict[str, list[dict[str, Any]]], costs: dict[str, fl
     for name, records in rows.items():
         first = [record for record in records if record["decode"] == "k=3"]
         mean = [record for record in records if record["decode"] == "mean"]
-        cells = [_mean(part, q) for part in (first, mean) for q in QUALITIES]
-        cells += [_gain(mean, q) for q in QUALITIES]
-        cells += [_mean(mean, "calibration_error"), f"{costs[name]:.2f}" if name in costs else "", str(len(mean))]
+        cells = [mean_of(part, q) for part in (first, mean) for q in QUALITIES]
+        cells += [gain_of(mean, q) for q in QUALITIES]
+        cells += [mean_of(mean, "calibration_error"), f"{costs[name]:.2f}" if name in costs else "", str(len(mean))]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -207,7 +206,7 @@ def decodes_table(title: str, rows: dict[str, list[dict[str, Any]]], quality: st
     """Markdown: one quality for each name (lines) and decode (columns), means over seeds."""
     lines = [f"\n**{title}**\n", f"| | {' | '.join(DECODES)} |", "|---" * (len(DECODES) + 1) + "|"]
     for name, records in rows.items():
-        cells = [_mean([r for r in records if r["decode"] == decode], quality) for decode in DECODES]
+        cells = [mean_of([r for r in records if r["decode"] == decode], quality) for decode in DECODES]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -216,12 +215,14 @@ def _values(records: Iterable[dict[str, Any]], key: str) -> list[float]:
     return [record[key] for record in records if key in record]
 
 
-def _mean(records: list[dict[str, Any]], key: str) -> str:
+def mean_of(records: list[dict[str, Any]], key: str) -> str:
+    """A cell: the mean of a number over the records that have it."""
     values = _values(records, key)
     return f"{statistics.fmean(values):.3f}" if values else ""
 
 
-def _gain(records: list[dict[str, Any]], quality: str) -> str:
+def gain_of(records: list[dict[str, Any]], quality: str) -> str:
+    """A cell: the lead over leave-one-out, its bootstrap error, and the spread of the seeds of training."""
     values, errors = _values(records, f"{quality}_gain"), _values(records, f"{quality}_gain_se")
     if not values:
         return ""

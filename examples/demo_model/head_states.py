@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -43,7 +43,8 @@ STATES_PER_PROMPT = 8
 SHARES, DRAWS = (0.4, 0.6, 0.8), 3
 """For leave-many-out: shares of the visible tokens that are hidden at once, and how often for each."""
 LOOK_BACK = ("look_back", "look_back_blocks", "look_back_steps", "look_back_block_steps")
-ON_POLICY = ("on_policy_plain", "on_policy")
+ON_POLICY = ("on_policy_plain", "on_policy_fast", "on_policy")
+FAST_BOUNDS = (1.0, 1.5, 2.0)
 KINDS = (*LOOK_BACK, *ON_POLICY)
 """Kinds of states; `a+b` is half of each."""
 
@@ -59,7 +60,7 @@ class States:
         correct (`np.ndarray`): `(N, R)` bool, hard labels: equal to the reference response (look-back), or in no
             conflict with the nearest valid answers (decodes).
         left_out (`np.ndarray`): `(N, R)` float32, leave-one-out probabilities; meaningless at masks.
-        many_out (`np.ndarray`): `(N, R, shares)` float32, leave-many-out probabilities for each of `SHARES`; NaN where
+        many_out (`np.ndarray`): `(N, R, shares)` float32, leave-many-out probabilities for each of `shares`; NaN where
             a token was never left out.
         written (`np.ndarray`): `(N, R)` float32, probabilities when written; NaN where there was no decode.
     """
@@ -72,6 +73,8 @@ class States:
     many_out: np.ndarray
     written: np.ndarray
 
+    shares: ClassVar[tuple[float, ...]] = SHARES
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -81,7 +84,7 @@ class States:
 
     def select(self, rows) -> States:
         """Some of the states."""
-        return States(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 def concatenate(parts: Sequence[States]) -> States:
@@ -94,11 +97,11 @@ def concatenate(parts: Sequence[States]) -> States:
             values = [np.pad(value, ((0, 0), (width - value.shape[1], 0))) for value in values]
         return np.concatenate(values)
 
-    return States(*(joined(field.name) for field in fields(States)))
+    return type(parts[0])(*(joined(field.name) for field in fields(parts[0])))
 
 
-def kept(path: Path, make: Callable[[], States]) -> States:
-    """States from disk; made and put there, whole or not at all, if they are not there yet."""
+def kept(path: Path, make: Callable[[], States], kind: type[States] = States) -> States:
+    """States (of class `kind`) from disk; made and put there, whole or not at all, if they are not there yet."""
     if not path.exists():
         states = make()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +109,7 @@ def kept(path: Path, make: Callable[[], States]) -> States:
         np.savez(aside, **{field.name: getattr(states, field.name) for field in fields(states)})
         aside.rename(path)
     with np.load(path) as arrays:
-        return States(**arrays)
+        return kind(**arrays)
 
 
 @dataclass
@@ -165,8 +168,11 @@ def sampler_of(kind: str, mask_token_id: int) -> ArtifactSampler:
 
 
 def decoding_settings(kind: str) -> list[dict[str, Any]]:
-    """Decodes of all speeds; half of them with tokens taken back, unless the kind is plain."""
+    """Decodes of all speeds, or by high entropy bounds; half with tokens taken back, unless the kind is plain."""
     settings = state_settings(LENGTHS)
+    if kind == "on_policy_fast":
+        adaptive = [setting for setting in settings if setting.get("entropy_bound") == 1.0]
+        return [{**setting, "entropy_bound": nats} for nats in FAST_BOUNDS for setting in adaptive]
     return settings[: len(settings) // 2] if kind == "on_policy_plain" else settings
 
 

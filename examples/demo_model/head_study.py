@@ -53,6 +53,11 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
         for targets in ("labels", Recipe.targets)
         if states != Recipe.states
     },
+    "fast states": {
+        f"{states}-{t}-width-64": {"states": states, "targets": t, "width": 64}
+        for states in ("on_policy_fast", "on_policy_fast+on_policy")
+        for t in ("leave_one_out", BOTH)
+    },
     "inputs": {
         "tap-1": {"taps": (-1,)},
         "tap-3": {"taps": (-3,)},

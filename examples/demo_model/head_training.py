@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from head_features import Features
-from head_states import SHARES, States
+from head_states import States
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 from word_problems import MAX_RESPONSE_LENGTH
@@ -119,7 +119,7 @@ def batches(states: int, steps: int, batch_size: int, seed: int) -> Iterator[tor
 def targets_of(states: States, targets: str) -> torch.Tensor:
     """`(N, R)`, how likely each token is correct; NaN where that is not known."""
     values = {"labels": states.correct.astype(np.float32), "leave_one_out": states.left_out}
-    values |= {f"many_out_{share}": states.many_out[..., i] for i, share in enumerate(SHARES)}
+    values |= {f"many_out_{share}": states.many_out[..., i] for i, share in enumerate(states.shares)}
     named = [torch.from_numpy(np.ascontiguousarray(values[name])) for name in targets.split("+")]
     return torch.stack(named).mean(0)
 
