@@ -106,6 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> Diagnosis:
         `ValueError`: as [`~dsc_hf.evaluation.diagnose`]; or a file, column, model or function is not there.
     """
     args, settings = parse_arguments(arguments)
+    if args.judge is not None and args.reference_column is not None:
+        raise ValueError("Give `judge` or `reference_column`, not both.")
     prompts, references = read_prompts(args)
     is_dsc = read_config(args.model, "model").get("model_type") == "dsc"
     tokenizer = load_tokenizer(args)

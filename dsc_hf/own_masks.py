@@ -21,7 +21,10 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}
 LOW_PRECISION_TOLERANCE = 0.05
 """How far logits may be apart, in standard deviations of all of them: rounding gives a tenth of that."""
 
-INSTEAD = "Do without it: `cache='none'`, `remasking_score='visible'`, `targets='labels'` need no such masks."
+INSTEAD = (
+    "Do without it: `cache='none'`, `remasking_score='visible'`, `targets='leave_many_out'` or `'labels'` and, for "
+    "calibration, a `judge` need no such masks."
+)
 
 _FAULTS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 

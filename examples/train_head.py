@@ -3,23 +3,24 @@
 # ///
 """Stage 2: train a correction head on a frozen diffusion LM.
 
-By look-back artifacts on prompts and responses, as in the paper:
+From prompts alone: the model decodes them, and the head learns what the model says of each token when it, or many
+others too, are left out (the default recipe, `distilled`; docs/head_study.md has what was tried):
+
+    python examples/train_head.py --backbone org/my-diffusion-lm --dataset prompts.jsonl --output_dir build/head \
+        --eval_rows 200 --max_steps 2000 --learning_rate 2e-3
+
+or as in the paper, by look-back artifacts on prompts and responses:
 
     python examples/train_head.py --backbone org/my-diffusion-lm --dataset train.jsonl --output_dir build/head \
-        --eval_rows 200 --eval_strategy steps --eval_steps 200 --max_steps 2000 --learning_rate 2e-3
-
-or by leave-one-out distillation on the model's own decodes, which reads the prompts only:
-
-    python examples/train_head.py --backbone org/my-diffusion-lm --dataset train.jsonl --output_dir build/head \
-        --targets leave_one_out --state_prompts 10000 --max_steps 2000 --learning_rate 2e-3
+        --recipe paper --eval_rows 200 --eval_strategy steps --eval_steps 200 --max_steps 2000 --learning_rate 2e-3
 
 or as the rivals do: PRISM on a frozen backbone,
 
     python examples/train_head.py --backbone org/my-diffusion-lm --dataset train.jsonl --output_dir build/prism \
-        --artifacts one_step --artifacts_only --average_over artifacts --head_type mlp --head_reread false
+        --recipe paper --artifacts one_step --artifacts_only --average_over artifacts --head_type mlp
 
-or RemeDi's random tokens (`--artifacts uniform`). `--streaming --max_steps 2000` reads a dataset that does not fit in
-memory.
+or RemeDi's random tokens (`--recipe paper --artifacts uniform`). A recipe sets defaults; arguments that are given go
+before them. `--streaming --max_steps 2000` reads a dataset that does not fit in memory.
 
 All arguments of `transformers.TrainingArguments` are taken too (`--report_to`, `--bf16`, ...); several processes run
 by `accelerate launch`. A run that was stopped goes on from its last checkpoint with `--resume`.
@@ -27,6 +28,7 @@ by `accelerate launch`. A run that was stopped goes on from its last checkpoint 
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -36,15 +38,30 @@ from datasets import Dataset, IterableDataset, load_from_disk
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
 from dsc_hf.evaluation import collect_states
+from dsc_hf.evaluation.request_log import key_of, weights_key
+from dsc_hf.input_checks import check_length
 from dsc_hf.training import CorrectionHeadConfig, CorrectionHeadTrainer, DataArguments, ModelArguments
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "distilled": {
+        "targets": "leave_one_out+leave_many_out",
+        "left_out_draws": 2,
+        "head_num_layers": 1,
+        "state_prompts": 10_000,
+    },
+    "paper": {"targets": "labels", "head_reread": False, "state_prompts": 0},
+}
+"""Defaults by name: the best of docs/head_study.md, and arXiv 2601.06428."""
 
 
 @dataclass
 class StateArguments:
     """The decodes that the head learns from."""
 
+    recipe: str = field(default="distilled", metadata={"help": "Whose defaults: distilled, or paper."})
     state_prompts: int = field(
-        default=0, metadata={"help": "Train on states of decoding so many prompts of the dataset, not on artifacts."}
+        default=0,
+        metadata={"help": "Train on states of decoding up to so many prompts of the dataset; 0: on artifacts."},
     )
     states_per_prompt: int = field(default=8, metadata={"help": "States kept of each decode."})
     state_batch_size: int = field(default=64, metadata={"help": "Prompts decoded at once."})
@@ -63,12 +80,16 @@ def state_settings(lengths: dict[str, Any]) -> list[dict[str, Any]]:
 def decoding_states(
     model, rows: Dataset | IterableDataset, args: StateArguments, lengths: dict[str, Any], seed: int, where: Path
 ) -> Dataset:
-    """Collect states, once: a resumed run reads them from disk."""
+    """Collect states in a folder in `where`, once: a resumed run that asks for the same reads them from disk."""
+    prompts = [row["prompt_ids"] for row in islice(rows, args.state_prompts)]
+    settings, sizes = state_settings(lengths), (args.states_per_prompt, args.state_batch_size, seed)
+    try:
+        check_length(max(map(len, prompts)), lengths.get("max_new_tokens", 128), model.max_sequence_length)
+    except ValueError as error:
+        raise ValueError(f"{error} States are as long as `response_length`, or as `generation` says.") from error
+    where = where / f"states-{key_of(prompts, settings, sizes, weights_key(model.backbone))[:8]}"
     if not where.exists():
-        prompts = [row["prompt_ids"] for row in islice(rows, args.state_prompts)]
-        states = collect_states(
-            model, prompts, state_settings(lengths), args.states_per_prompt, args.state_batch_size, seed
-        )
+        states = collect_states(model, prompts, settings, *sizes)
         aside = where.with_name(where.name + ".partial")
         states.save_to_disk(aside)
         aside.rename(where)
@@ -76,20 +97,27 @@ def decoding_states(
 
 
 def main() -> None:
+    recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    recipe.add_argument("--recipe", default="distilled", choices=RECIPES)
     parser = HfArgumentParser((ModelArguments, StateArguments, DataArguments, CorrectionHeadConfig))
+    parser.set_defaults(**RECIPES[recipe.parse_known_args()[0].recipe])
     model_args, state_args, data_args, args = parser.parse_args_into_dataclasses()
-    if state_args.state_prompts and "labels" in args.target_kinds:
-        parser.error("--state_prompts collects states without labels: it needs other --targets, such as leave_one_out")
+    if state_args.state_prompts and ("labels" in args.target_kinds or args.artifacts_only):
+        parser.error(
+            "states of decoding (--state_prompts) have neither labels nor artifacts: take --targets "
+            "leave_one_out+leave_many_out, or artifacts in responses by --recipe paper or --state_prompts 0"
+        )
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_args.backbone)
     collator = data_args.collator(tokenizer)
     model = model_args.load(tokenizer)
     args.check_backbone(model)
-    train_dataset, eval_dataset = data_args.load(tokenizer, args.seed)
+    train_dataset, eval_dataset = data_args.load(tokenizer, args.seed, responses=not state_args.state_prompts)
+    lengths = model_args.lengths(data_args.response_length)
     if state_args.state_prompts:
-        where = Path(args.output_dir) / "states"
-        train_dataset = decoding_states(model, train_dataset, state_args, model_args.lengths(), args.seed, where)
-    model_args.fill_in_detection(args)
+        where = Path(args.output_dir)
+        train_dataset = decoding_states(model, train_dataset, state_args, lengths, args.seed, where)
+    model_args.fill_in_detection(args, lengths)
     trainer = CorrectionHeadTrainer(
         model=model,
         args=args,

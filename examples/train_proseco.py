@@ -27,7 +27,7 @@ def main() -> None:
     collator = data_args.collator(tokenizer)
     model = model_args.load(tokenizer, lora_args)
     train_dataset, eval_dataset = data_args.load(tokenizer, args.seed)
-    model_args.fill_in_detection(args)
+    model_args.fill_in_detection(args, model_args.lengths(data_args.response_length))
     trainer = ProSeCoTrainer(
         model=model,
         args=args,

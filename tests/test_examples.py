@@ -64,7 +64,7 @@ def test_backbone_training_resumes(start, backbone):
 
 @pytest.mark.parametrize(
     "targets",
-    [["--targets", "labels"], ["--targets", "leave_one_out", "--state_prompts", 8, "--states_per_prompt", 2]],
+    [["--recipe", "paper"], ["--state_prompts", 8, "--states_per_prompt", 2]],
 )
 def test_head_training_evaluates_and_loads_by_auto_class(start, backbone, targets, tmp_path):
     arguments = ["--backbone", backbone, "--dataset", start / "train.jsonl", "--output_dir", tmp_path / "head"]
@@ -87,7 +87,7 @@ RIVALS = {
     "joint": ["train_joint.py", "--lora_r", 2, "--gamma", 0.5, "--streaming"],
     "proseco": ["train_proseco.py"],
 }
-RIVALS["frozen prism"] += ["--head_type", "mlp", "--head_reread", "false"]
+RIVALS["frozen prism"] += ["--head_type", "mlp", "--recipe", "paper"]
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -109,8 +109,29 @@ def test_rivals_train_evaluate_and_load_by_auto_class(start, backbone, name, tmp
 
 def test_head_training_names_bad_arguments(backbone, start, tmp_path):
     arguments = ["--backbone", backbone, "--dataset", start / "train.jsonl", "--output_dir", tmp_path, *TINY]
-    result = run("examples/train_head.py", *arguments, "--state_prompts", 4)
-    assert result.returncode != 0 and "leave_one_out" in result.stderr
+    result = run("examples/train_head.py", *arguments, "--targets", "labels")
+    assert result.returncode != 0 and "--recipe paper or --state_prompts 0" in result.stderr
+    long = ["--max_steps", 1, "--state_prompts", 4, "--generation", '{"max_new_tokens": 500}']
+    result = run("examples/train_head.py", *arguments, *long)
+    assert result.returncode != 0 and "States are as long as `response_length`" in result.stderr
+
+
+def test_head_learns_from_prompts_alone_and_collects_states_anew_for_other_settings(start, backbone, tmp_path):
+    rows = [json.loads(line) for line in (start / "train.jsonl").read_text().splitlines()[:16]]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    arguments = ["--backbone", backbone, "--dataset", tmp_path / "prompts.jsonl", "--output_dir", tmp_path / "head"]
+    arguments += ["--max_steps", 2, "--states_per_prompt", 2, "--eval_rows", 4, *TINY]
+    out = check(run("examples/train_head.py", *arguments))
+    assert "calibration_targets" in out
+    model = AutoModel.from_pretrained(tmp_path / "head")
+    assert model.config.head_num_layers == 1 and model.config.head_reread and model.config.head_trained
+    judged = [*arguments, "--judge", "examples/demo_model/word_problems.py:judge", "--eval_strategy", "steps"]
+    assert "eval_auroc" in check(run("examples/train_head.py", *judged, "--eval_steps", 2))
+    assert len(list((tmp_path / "head").glob("states-*"))) == 1  # the same states again
+    check(run("examples/train_head.py", *arguments, "--state_prompts", 6))
+    assert len(list((tmp_path / "head").glob("states-*"))) == 2
+    result = run("examples/train_head.py", *arguments, "--eval_strategy", "steps", "--eval_steps", 2)
+    assert result.returncode != 0 and "`eval_dataset` has no `response_ids`" in result.stderr
 
 
 def test_demo_writes_table_json_and_plot(tmp_path):

@@ -128,18 +128,16 @@ def test_one_kind_of_tokens_is_an_error(model, states, value, named):
     assert (model.config.head_temperature, model.config.head_offset) == (1.0, 0.0)
 
 
-def test_labels_that_a_threshold_tells_apart_stop_at_the_bound(model, states, caplog):
-    transformers_logging.enable_propagation()
-    with caplog.at_level(logging.WARNING, logger="dsc_hf"):
-        found = calibrate_head(model, states, [np.nan_to_num(row) > 0 for row in own_logits(model, states)])
-    assert found.temperature[1] == pytest.approx(0.05) and "end of what is searched" in caplog.text
+def test_labels_that_a_threshold_tells_apart_give_no_probabilities(model, states):
+    with pytest.raises(ValueError, match=r"told apart without a mistake.* searched, 0\.05"):
+        calibrate_head(model, states, [np.nan_to_num(row) > 0 for row in own_logits(model, states)])
+    assert (model.config.head_temperature, model.config.head_offset) == (1.0, 0.0)
 
 
-def test_scores_that_say_the_contrary_stop_at_the_bound(model, states, caplog):
-    transformers_logging.enable_propagation()
-    with caplog.at_level(logging.WARNING, logger="dsc_hf"):
-        found = calibrate_head(model, states, [np.nan_to_num(row) < 0 for row in own_logits(model, states)])
-    assert found.temperature[1] == pytest.approx(20) and "no better than by chance" in caplog.text
+def test_scores_that_say_the_contrary_give_no_probabilities(model, states):
+    with pytest.raises(ValueError, match=r"no better than by chance.* searched, 20"):
+        calibrate_head(model, states, [np.nan_to_num(row) < 0 for row in own_logits(model, states)])
+    assert (model.config.head_temperature, model.config.head_offset) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +146,7 @@ def test_scores_that_say_the_contrary_stop_at_the_bound(model, states, caplog):
         (lambda m, s: {"wrong": [np.zeros(12)] * len(s), "judge": bool}, "not both"),
         (lambda m, s: {"wrong": [np.zeros(12)]}, "one value for each token"),
         (lambda m, s: {"wrong": [np.zeros(11)] * len(s)}, "one value for each token"),
+        (lambda m, s: {"wrong": [np.full(12, 7.0)] * len(s)}, "between 0 "),
         (lambda m, s: {"wrong": [np.full(12, np.nan)] * len(s)}, "`wrong` must be finite"),
         (lambda m, s: {"states": Dataset.from_list([{"prompt_ids": [5], "state_ids": [MASK] * 12}])}, "no visible"),
         (lambda m, s: {"states": s.select([])}, "no visible"),

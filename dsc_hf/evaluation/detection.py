@@ -63,20 +63,21 @@ def detection_quality(scores: np.ndarray, wrong: np.ndarray, threshold: float = 
     }
 
 
-def best_threshold(scores: np.ndarray, wrong: np.ndarray) -> float:
-    """The error probability above which tokens are called wrong with the best F1 (the harmonic mean of precision and
-    recall): the roundest number that divides the tokens so. 0.5 if all scores are 0.
+def best_threshold(scores: np.ndarray, wrong: np.ndarray, false_alarm: float = 0.1) -> float:
+    """The error probability above which to take tokens back: where the wrong ones above it, minus `false_alarm` times
+    the right ones, are most; the roundest number that divides the tokens so. 0.5 if all scores are 0.
 
     Args:
         scores (`np.ndarray`): `(N,)`, error probabilities.
         wrong (`np.ndarray`): `(N,)` of bool.
+        false_alarm (`float`): what it costs to write a right token again, where a wrong one that stays costs 1.
     """
     order = np.argsort(-scores, kind="stable")
     falling, found = np.append(scores[order].astype(float), 0.0).clip(min=0), np.cumsum(wrong[order])
     ends = np.flatnonzero(falling[:-1] > falling[1:])  # the last token above each possible threshold
     if not len(ends):
         return 0.5
-    best = ends[np.argmax(2 * found[ends] / (ends + 1 + found[-1]))]
+    best = ends[np.argmax(found[ends] - false_alarm * (ends + 1 - found[ends]))]
     low, high = falling[best + 1], falling[best]
     rounded = (round((low + high) / 2, digits) for digits in range(1, 17))
     return float(next((threshold for threshold in rounded if low <= threshold < high), low))

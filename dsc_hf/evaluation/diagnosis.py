@@ -29,6 +29,8 @@ REMASKING = {"remasking_score", "remask_selection", "remask_action", *SELECTION_
 TAKING_BACK = {"remasking_score": "visible", "remask_threshold": 0.9, "max_remasks_per_position": 1}
 """How tokens are taken back in the decodes that visit states, beside plain ones."""
 CONTROL = "random"
+EFFORT = {"visible": 0, "written": 0, "head": 1, "leave_one_out": 2}
+"""The scores by what they need beside the plain forward: nothing, a head, shadow masks."""
 
 
 def diagnose(
@@ -60,8 +62,10 @@ def diagnose(
 
     Recommended is the score with the best average precision over cost, of those whose AUROC is more than two standard
     errors above 0.5 (its own, by a bootstrap over prompts, and those of a score that knows nothing, by the count of
-    wrong tokens), with the threshold of the best F1 on these states; not to remask, if there is none. This does not
-    decode with it: where whole answers can be checked, [`~dsc_hf.evaluation.calibrate`] chooses by accuracy.
+    wrong tokens); of those that are level with it (within one standard error of the paired difference) the one that
+    needs least. The threshold is the best on these states if a wrong token that stays costs as much as ten right ones
+    that are written again. If there is none: not to remask. This does not decode with it: where whole answers can be
+    checked, [`~dsc_hf.evaluation.calibrate`] chooses by accuracy.
 
     Args:
         model ([`DSCForMaskedDiffusion`]): as wrapped by `from_backbone`, or with a trained head.
@@ -90,6 +94,10 @@ def diagnose(
     """
     if judge is not None and references is not None:
         raise ValueError("Give `judge` or `references`, not both.")
+    if judge is not None and not callable(judge):
+        raise ValueError(f"`judge={judge!r}` must be a function of prompt ids and state ids.")
+    if isinstance(scores, str):
+        raise ValueError(f"`scores={scores!r}` must be a list of names, such as [{scores!r}].")
     truth = "judge" if judge is not None else "leave_one_out" if references is None else "references"
     ids, reference_ids = _token_ids(prompts, references, tokenizer)
     config = _check_decoding(model, ids, dict(settings or {}))
@@ -116,14 +124,14 @@ def diagnose(
 
     costs = _costs(model, ids[:batch_size], config, plain, names, timing_rounds, seed, progress)
     ranked = {name: values[name] for name in names if name != truth}
-    qualities = _qualities(ranked, wrong, groups, resamples, seed)
+    qualities, drawn = _qualities(ranked, wrong, groups, resamples, seed)
     rows = [
         ScoreDiagnosis(name, **qualities.get(name, {}), **costs.get(name, {}), missing=missing.get(name))
         for name in COMPARED
         if name in names or name in missing
     ]
     diagnosis = Diagnosis(truth, rows, len(ids), len(states), len(wrong), float(np.mean(wrong)))
-    _recommend(diagnosis, ranked, wrong, settings or {}, config)
+    _recommend(diagnosis, ranked, drawn, wrong, settings or {}, config)
     if save_directory is not None:
         write_generation_config(model, diagnosis.settings, save_directory)
     return diagnosis
@@ -215,8 +223,11 @@ def _flat(found: dict[str, list[np.ndarray]], wrong: list[np.ndarray], groups: S
     return values, flat(wrong), np.repeat(groups, [int(visible.sum()) for visible in seen])
 
 
-def _qualities(scores: dict[str, np.ndarray], wrong, groups, resamples: int, seed: int) -> dict[str, dict[str, float]]:
-    """Detection quality of each score, with standard errors; the scores share the draws of the bootstrap."""
+def _qualities(
+    scores: dict[str, np.ndarray], wrong, groups, resamples: int, seed: int
+) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
+    """Detection quality of each score, with standard errors; and average precision `(resamples,)` in each draw of the
+    bootstrap, which the scores share."""
     result: dict[str, dict[str, float]] = {}
     drawn: dict[str, list[list[float]]] = {name: [] for name in scores}
     for draw in resampled(groups, resamples, seed):
@@ -229,7 +240,7 @@ def _qualities(scores: dict[str, np.ndarray], wrong, groups, resamples: int, see
         told = np.array([pair for pair in drawn[name] if not np.isnan(pair).any()])
         errors = told.std(axis=0, ddof=1) if len(told) > 1 else (np.nan, np.nan)
         result[name] = {**kept, "auroc_error": float(errors[0]), "average_precision_error": float(errors[1])}
-    return result
+    return result, {name: np.array([pair[1] for pair in pairs]) for name, pairs in drawn.items()}
 
 
 def _costs(model, ids, config, plain, names, rounds: int, seed: int, progress: bool) -> dict[str, dict[str, float]]:
@@ -257,7 +268,7 @@ def _costs(model, ids, config, plain, names, rounds: int, seed: int, progress: b
     }
 
 
-def _recommend(diagnosis: Diagnosis, scores: dict[str, np.ndarray], wrong, settings, config) -> None:
+def _recommend(diagnosis: Diagnosis, scores: dict[str, np.ndarray], drawn, wrong, settings, config) -> None:
     """Choose a score and its threshold, or none, and say why."""
     rows = [row for row in diagnosis.rows if row.score in scores and row.score != CONTROL]
     chance = math.sqrt((len(wrong) + 1) / (12 * wrong.sum() * (~wrong).sum())) if 0 < wrong.mean() < 1 else math.nan
@@ -268,7 +279,17 @@ def _recommend(diagnosis: Diagnosis, scores: dict[str, np.ndarray], wrong, setti
         kept = {name: value for name, value in settings.items() if name not in {*REMASKING, "remask_scope"}}
         diagnosis.settings = {**kept, "remasking_score": "none"}
         return
-    best = max(able, key=lambda row: row.average_precision / max(1, row.cost or 1))  # less is noise
+    cost = {row.score: max(1, row.cost or 1) for row in able}  # less is noise
+    worth = {row.score: row.average_precision / cost[row.score] for row in able}
+    most = max(able, key=lambda row: worth[row.score])
+
+    def is_level(score: str) -> bool:
+        """Whether it is within a standard error of the best."""
+        apart = drawn[most.score] / cost[most.score] - drawn[score] / cost[score]
+        return worth[most.score] - worth[score] <= np.nan_to_num(np.nanstd(apart, ddof=1))
+
+    level = [row for row in able if is_level(row.score)]
+    best = min(level, key=lambda row: (EFFORT[row.score], -worth[row.score]))
     threshold = best_threshold(scores[best.score], wrong)
     above = scores[best.score] > threshold
     diagnosis.score, diagnosis.threshold = best.score, threshold
@@ -280,11 +301,13 @@ def _recommend(diagnosis: Diagnosis, scores: dict[str, np.ndarray], wrong, setti
         "remask_scope": config.remask_scope,
         "max_remasks_per_position": config.max_remasks_per_position or 1,
     }
+    better = f", which is level with `{most.score}` and needs less," if best is not most else ","
     diagnosis.reason = (
-        f"`{best.score}`, with the best average precision{' over cost' if best.cost else ''} of the scores whose "
-        f"AUROC is more than two standard errors above 0.5. The threshold has the best F1 on these states: "
-        f"{100 * above.mean():.1f} % of the tokens lie above it, {100 * diagnosis.precision:.0f} % of these are "
-        f"wrong, and {100 * diagnosis.recall:.0f} % of the wrong ones are found."
+        f"`{best.score}`{better} with the best average precision{' over cost' if best.cost else ''} of the "
+        "scores whose AUROC is more than two standard errors above 0.5. The threshold is the best on these states if a "
+        f"wrong token costs as much as ten right ones written again: {100 * above.mean():.1f} % of the tokens lie "
+        f"above it, {100 * diagnosis.precision:.0f} % of these are wrong, and {100 * diagnosis.recall:.0f} % of the "
+        "wrong ones are found."
     )
 
 

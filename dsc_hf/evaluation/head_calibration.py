@@ -9,14 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 from scipy.optimize import minimize
-from transformers.utils import logging
 
 from ..generation_config_dsc import DSCGenerationConfig
 from ..remasking_selections import SELECTIONS
 from .detection import score_states
 from .reliability import calibration_error
-
-logger = logging.get_logger(__name__)
 
 TEMPERATURES = (0.05, 20.0)
 """What is searched: labels that a threshold tells apart without a mistake would pull it to 0, a head that knows
@@ -78,7 +75,8 @@ def calibrate_head(
 
     Raises:
         `ValueError`: the head is untrained or gives no numbers; there is no visible token, or none that is wrong or
-            none that is right; labels don't fit the states; or the backbone can't leave tokens out.
+            none that is right; labels don't fit the states; the head tells tokens apart without a mistake or by chance
+            only; or the backbone can't leave tokens out.
     """
     model.require_trained_head()
     if wrong is not None and judge is not None:
@@ -149,6 +147,8 @@ def _visible_tokens(states, logits, targets, mask_token_id: int) -> tuple[np.nda
     for name, values in (("The head's logits", logits), ("`wrong`", targets)):
         if not np.isfinite(values).all():
             raise ValueError(f"{name} must be finite numbers at all visible tokens.")
+    if not ((0 <= targets) & (targets <= 1)).all():
+        raise ValueError("`wrong` must lie between 0 (right) and 1 (wrong) at all visible tokens.")
     if not 0 < targets.mean() < 1:
         raise ValueError(
             f"All {len(targets)} visible tokens are {'wrong' if targets.mean() else 'right'}: calibration needs both; "
@@ -170,9 +170,10 @@ def _most_likely(own: np.ndarray, targets: np.ndarray, with_offset: bool) -> tup
     found = minimize(loss, [1.0, 0.0], jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-14})
     temperature, offset = 1 / float(found.x[0]), float(found.x[1])
     if not low * 1.01 < temperature < high / 1.01:
-        logger.warning(
-            f"The temperature {temperature:.3g} is at the end of what is searched: the {len(targets)} tokens are told "
-            "apart without a mistake, or no better than by chance. Fit on more states."
+        found = "without a mistake" if temperature < 1 else "no better than by chance"
+        raise ValueError(
+            f"The {len(targets)} tokens are told apart {found}, which gives no probabilities: the temperature goes to "
+            f"the end of what is searched, {temperature:.3g}. Fit on more states, or train a better head."
         )
     return temperature, offset
 

@@ -56,12 +56,13 @@ class DiffusionTrainingArguments(TrainingArguments):
             self.accelerator_config.dispatch_batches = False
 
 
-def refuse_untokenized(name: str, rows: Any) -> None:
-    """Raise a `ValueError` if a dataset has columns, but not those that [`PromptResponseCollator`] reads."""
+def refuse_untokenized(name: str, rows: Any, prompts_do: bool = False) -> None:
+    """Raise a `ValueError` if a dataset has columns, but not those that [`PromptResponseCollator`] reads; or not even
+    prompts, if these will do."""
     columns = getattr(rows, "column_names", None)
     if not isinstance(columns, list):
         return
-    if "prompt_ids" not in columns or not {"response_ids", "state_ids"} & set(columns):
+    if "prompt_ids" not in columns or not (prompts_do or {"response_ids", "state_ids"} & set(columns)):
         raise ValueError(
             f"`{name}` has the columns {columns}; it needs `prompt_ids` and `response_ids`: use "
             "`tokenize_prompts_and_responses`."
@@ -124,6 +125,8 @@ class DiffusionTrainer(Trainer):
     args: DiffusionTrainingArguments
     method = ""
     parts: tuple[str, ...] = ()
+    evaluates_prompts = False
+    """Whether rows without responses can be evaluated."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -133,8 +136,8 @@ class DiffusionTrainer(Trainer):
         self._saving_dir: str | None = None
         self._part_sums: tuple[torch.Tensor | float, int] = (0.0, 0)
         if kwargs.get("data_collator") is None or isinstance(self.data_collator, PromptResponseCollator):
-            for name, rows in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
-                refuse_untokenized(name, rows)
+            refuse_untokenized("train_dataset", self.train_dataset)
+            refuse_untokenized("eval_dataset", self.eval_dataset, self.evaluates_prompts)
 
     def corrupt(self, inputs: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Turn clean rows into what the model is trained on; `counted` `(B, L)` marks the tokens to average over."""

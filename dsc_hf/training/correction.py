@@ -44,7 +44,7 @@ class CorrectionHeadConfig(WrappedTrainingArguments):
             backbone's probability of the token given all others; `"leave_many_out"`: given a random part of the
             others. These are soft and need no labels. Several, joined by `+`: their mean.
         left_out_share (`float`), left_out_draws (`int`): for `leave_many_out`: how likely each visible token is
-            hidden, and forwards that it is averaged over; tokens that stay carry no loss
+            hidden, and forwards that it is averaged over; tokens that are never hidden carry no loss
             ([`leave_many_out_probabilities`]).
         artifacts (`str`): whose mistakes the head learns from: `"look_back"` (the paper,
             [`FutureContextAugmentation`]), `"one_step"` (PRISM, [`OneStepArtifacts`]), `"uniform"` (RemeDi,
@@ -101,7 +101,13 @@ class CorrectionHeadConfig(WrappedTrainingArguments):
     @property
     def target_kinds(self) -> tuple[str, ...]:
         """What `targets` are the mean of, of [`TARGETS`]."""
-        return tuple(self.targets.split("+"))
+        return tuple(str(self.targets).split("+"))
+
+    def refuse_states(self) -> None:
+        """Raise a `ValueError` if these arguments can't learn from states of decoding."""
+        if "labels" in self.target_kinds or self.artifacts_only:
+            wrong = "artifacts_only=True" if self.artifacts_only else f"targets={self.targets!r}"
+            raise ValueError(f"`{wrong}` needs responses; states (`state_ids`) have neither labels nor artifacts.")
 
     def check_backbone(self, model: DSCForMaskedDiffusion) -> None:
         """Raise a `ValueError` if the model's backbone can't be asked for these targets."""
@@ -138,10 +144,8 @@ class CorrectionHeadTrainer(WrappedModelTrainer):
     def __init__(
         self, model: DSCForMaskedDiffusion, args: CorrectionHeadConfig, judge: Judge | None = None, **kwargs: Any
     ):
-        columns = getattr(kwargs.get("train_dataset"), "column_names", None) or ()
-        if "state_ids" in columns and ("labels" in args.target_kinds or args.artifacts_only):
-            wrong = "artifacts_only=True" if args.artifacts_only else f"targets={args.targets!r}"
-            raise ValueError(f"`{wrong}` needs responses; states (`state_ids`) have neither labels nor artifacts.")
+        if "state_ids" in (getattr(kwargs.get("train_dataset"), "column_names", None) or ()):
+            args.refuse_states()
         args.check_backbone(model)
         super().__init__(model, args, judge, **kwargs)
         self.artifacts = args.artifact_sampler(model)
@@ -164,7 +168,8 @@ class CorrectionHeadTrainer(WrappedModelTrainer):
         attention_mask, labels = inputs["attention_mask"], inputs["labels"]
         response = labels != IGNORE_INDEX
         found = []
-        if "labels" not in self.args.target_kinds and "is_state" in inputs:
+        if "is_state" in inputs:
+            self.args.refuse_states()
             ids = inputs["input_ids"]
             counted = response & (ids != model.config.mask_token_id)
         else:

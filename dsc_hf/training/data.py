@@ -53,23 +53,25 @@ class DataArguments:
             raise ValueError(f"`shuffle_buffer={self.shuffle_buffer}` must be at least 1.")
 
     def load(
-        self, tokenizer: PreTrainedTokenizerBase, seed: int = 0
+        self, tokenizer: PreTrainedTokenizerBase, seed: int = 0, responses: bool = True
     ) -> tuple[Dataset | IterableDataset, Dataset | None]:
         """Read and tokenise: the rows to train on, and those held back (None if `eval_rows` is 0).
 
         Args:
             tokenizer (`PreTrainedTokenizerBase`): the backbone's.
             seed (`int`): of the order of streamed rows.
+            responses (`bool`): whether they are needed; if not, rows have them if there is such a column.
 
         Raises:
             `ValueError`: a column is missing, no row can be used, or the tokenizer has no EOS token.
         """
         self.collator(tokenizer)  # its complaints come before the work
+        dataset = read_dataset(self.dataset, self.dataset_config, self.dataset_split, self.streaming)
         rows = tokenize_prompts_and_responses(
-            read_dataset(self.dataset, self.dataset_config, self.dataset_split, self.streaming),
+            dataset,
             tokenizer,
             self.prompt_column,
-            self.response_column,
+            self.response_column if responses or self.response_column in columns_of(dataset) else None,
             self.max_length,
             self.response_length,
             self.apply_chat_template,
@@ -99,10 +101,13 @@ def read_dataset(
     what errors call the name.
 
     Raises:
-        `ValueError`: there is no such file or dataset.
+        `ValueError`: there is no such file or dataset, or nothing in it.
     """
     if os.path.isfile(name):
-        return load_dataset("json", data_files=name, split="train", streaming=streaming)
+        try:
+            return load_dataset("json", data_files=name, split="train", streaming=streaming)
+        except StopIteration as error:  # what it says of an empty file
+            raise ValueError(f"`{argument}={name!r}` has no rows; give one JSON object a line.") from error
     try:
         return load_dataset(name, config, split=split, streaming=streaming)
     except (OSError, ValueError) as error:
@@ -113,7 +118,7 @@ def tokenize_prompts_and_responses(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     prompt_column: str = "prompt",
-    response_column: str = "response",
+    response_column: str | None = "response",
     max_length: int = 1024,
     response_length: int | None = None,
     apply_chat_template: bool = False,
@@ -124,22 +129,28 @@ def tokenize_prompts_and_responses(
     Args:
         dataset (`datasets.Dataset` or `IterableDataset`): rows with two text columns. Other columns are kept.
         tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer.
-        prompt_column (`str`), response_column (`str`): names of the columns.
+        prompt_column (`str`), response_column (`str`): names of the columns; without the second there are prompts
+            only.
         max_length (`int`): longest prompt and response together, with at least one EOS, in tokens.
         response_length (`int`, *optional*): longest response with its EOS, in tokens.
         apply_chat_template (`bool`): put the prompt as a user message through the tokenizer's chat template.
 
     Returns:
-        The same kind of dataset: the rows that can be used, with `prompt_ids` and `response_ids` (without EOS).
+        The same kind of dataset: the rows that can be used, with `prompt_ids` and, if there are responses,
+        `response_ids` (without EOS).
 
     Raises:
         `ValueError`: a column is missing, or no row is left.
     """
-    check_columns(dataset, prompt_column=prompt_column, response_column=response_column)
+    columns = {"prompt_column": prompt_column, "response_column": response_column}
+    check_columns(dataset, **{argument: column for argument, column in columns.items() if column is not None})
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
         """One row's ids, and whether it is empty, too long or fine."""
         prompt_ids = tokenize_prompt(tokenizer, row[prompt_column] or "", apply_chat_template)
+        if response_column is None:
+            state = "empty" if not prompt_ids else "long" if len(prompt_ids) >= max_length else "ok"
+            return {"prompt_ids": prompt_ids, "_state": state}
         response_ids = tokenizer(row[response_column] or "", add_special_tokens=False).input_ids
         longest = min(max_length - len(prompt_ids), response_length or max_length)
         state = "empty" if not response_ids or not prompt_ids else "long" if len(response_ids) >= longest else "ok"
@@ -173,7 +184,7 @@ def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, apply_chat_
 
 def check_columns(dataset: Dataset | IterableDataset, **columns: str) -> None:
     """Raise a `ValueError` naming the argument, if a column that it names is not there."""
-    known = _columns(dataset)
+    known = columns_of(dataset)
     for argument, column in columns.items():
         if column not in known:
             raise ValueError(f"`{argument}={column!r}` is not a column of the dataset; it has {known}.")
@@ -212,7 +223,7 @@ class DroppedRows:
         )
 
 
-def _columns(dataset: Dataset | IterableDataset) -> list[str]:
+def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
     """The names of the columns; a stream may have to be read for them."""
     if dataset.column_names is not None:
         return dataset.column_names

@@ -87,15 +87,16 @@ class ModelArguments:
         """Run `FILE.py`, call its `NAME` with the tokenizer, return the judge."""
         return None if self.judge is None else load_judge(self.judge, tokenizer)
 
-    def lengths(self) -> dict[str, Any]:
-        """The lengths among the decoding defaults."""
+    def lengths(self, response_length: int | None = None) -> dict[str, Any]:
+        """How long decodes are: as the decoding defaults say, or else the responses are."""
         generation = json.loads(self.generation)
-        return {name: generation[name] for name in ("max_new_tokens", "block_length") if name in generation}
+        given = {} if response_length is None else {"max_new_tokens": response_length}
+        return given | {name: generation[name] for name in ("max_new_tokens", "block_length") if name in generation}
 
-    def fill_in_detection(self, args: WrappedTrainingArguments) -> None:
-        """How evaluation decodes, where the arguments don't say: plainly and with remasking, at the lengths and the
-        threshold that will be saved."""
-        common = {**self.lengths(), "tokens_per_step": 3}
+    def fill_in_detection(self, args: WrappedTrainingArguments, lengths: dict[str, Any]) -> None:
+        """How evaluation decodes, where the arguments don't say: plainly and with remasking, at the threshold that
+        will be saved."""
+        common = {**lengths, "tokens_per_step": 3}
         remasking = {"remask_scope": "generated", "max_remasks_per_position": 1, "remask_threshold": 0.9}
         args.detection_settings = args.detection_settings or [
             {**common, "remasking_score": "none"},

@@ -68,7 +68,8 @@ def refuse_states(method: str, rows: Any) -> None:
 class WrappedModelTrainer(DiffusionTrainer):
     """Base of the trainers of [`DSCForMaskedDiffusion`]. Evaluation adds the quality of the `scores` on states that
     decoding of evaluation prompts visits: `auroc`, `average_precision`, `calibration_error` and `fire_rate`, with
-    `visible_` in front for the training-free score, and `error_rate`.
+    `visible_` in front for the training-free score, and `error_rate`. Rows without responses are evaluated by the
+    judge only and have no loss.
 
     Args:
         model ([`DSCForMaskedDiffusion`]): the wrapped backbone.
@@ -80,6 +81,7 @@ class WrappedModelTrainer(DiffusionTrainer):
 
     args: WrappedTrainingArguments
     scores: tuple[str, ...] = ("head", "visible")
+    evaluates_prompts = True
 
     def __init__(
         self, model: DSCForMaskedDiffusion, args: WrappedTrainingArguments, judge: Judge | None = None, **kwargs: Any
@@ -88,6 +90,8 @@ class WrappedModelTrainer(DiffusionTrainer):
             raise ValueError(f"`model` is a {type(model).__name__}; wrap it by `DSCForMaskedDiffusion.from_backbone`.")
         super().__init__(model=model, args=args, **kwargs)
         self.judge = judge
+        if args.eval_strategy != "no":
+            self._refuse_unjudged(self.eval_dataset)
         self._detection: tuple[Dataset, list[np.ndarray]] | None = None
 
     def predictor(self, attention_mask: torch.Tensor) -> Predict:
@@ -110,11 +114,22 @@ class WrappedModelTrainer(DiffusionTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The loss, and detection quality on decoding states."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        self._refuse_unjudged(rows)
+        have_loss = {"response_ids", "state_ids"} & set(getattr(rows, "column_names", None) or ("response_ids",))
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix) if have_loss else {}
         detection = {f"{metric_key_prefix}_{k}": v for k, v in self.detection(rows).items()}
         self.log(detection)
         return {**metrics, **detection}
+
+    def _refuse_unjudged(self, rows: Any) -> None:
+        """Raise a `ValueError` if nobody says which tokens of decodes of these rows are wrong."""
+        columns = getattr(rows, "column_names", None)
+        if self.judge is None and isinstance(columns, list) and "response_ids" not in columns:
+            raise ValueError(
+                "`eval_dataset` has no `response_ids` to compare decoding states with; give `judge=`, or turn "
+                "evaluation off (`eval_strategy='no'`)."
+            )
 
     def detection(self, rows: Dataset) -> dict[str, float]:
         """Detection quality of the scores on states of real decoding.
@@ -218,11 +233,6 @@ class WrappedModelTrainer(DiffusionTrainer):
             if self.judge is not None:
                 wrong.append(verdict(self.judge, state))
                 continue
-            if "response_ids" not in rows.column_names:
-                raise ValueError(
-                    "`eval_dataset` has no `response_ids` to compare decoding states with; give `judge=`, or turn "
-                    "evaluation off."
-                )
             reference = np.full(len(state["state_ids"]), eos)
             response = rows[state["prompt_index"]]["response_ids"][: len(reference)]
             reference[: len(response)] = response

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from solve import generate_batch, set_threads, solve
+from train import ROOT
 from transformers import AutoModel, AutoTokenizer
 from word_problems import AnswerChecker, Problem, draw_problems
 
@@ -43,7 +44,7 @@ def detection(model, tokenizer, problems: list[Problem], **settings) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("model_cards/word-problems-dsc"))
+    parser.add_argument("--model", type=Path, default=ROOT / "model_cards" / "word-problems-dsc")
     parser.add_argument("--problems", type=int, default=500)
     parser.add_argument("--seed", type=int, default=3)
     args = parser.parse_args()

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from datasets import concatenate_datasets
 from solve import BLOCK_LENGTH, set_threads
+from train import ROOT
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 from word_problems import MAX_RESPONSE_LENGTH, AnswerChecker, draw_problems
@@ -130,7 +131,7 @@ def print_table(tests: dict[str, States], fits: dict[str, tuple[float, float]], 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("model_cards/word-problems-dsc"))
+    parser.add_argument("--model", type=Path, default=ROOT / "model_cards" / "word-problems-dsc")
     parser.add_argument("--problems", type=int, default=100, help="of each set of states")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threshold", type=float, default=0.2)

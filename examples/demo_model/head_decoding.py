@@ -87,6 +87,10 @@ def main(arguments: list[str] | None = None) -> None:
         "--output_dir", type=Path, default=ROOT / "build" / "reproduce", help="shares the comparison's journal"
     )
     args = parser.parse_args(arguments)
+    there = ["shipped", ORACLE, *sorted(path.name for path in (args.work_dir / "heads").glob("*"))]
+    for name in args.heads:
+        if name not in there:
+            parser.error(f"--heads {name}: there are {', '.join(there)}; head_study.py trains more")
     set_threads()
     runner = HeadRunner(args.output_dir)
     systems = systems_of(args.heads, args.work_dir / "heads")

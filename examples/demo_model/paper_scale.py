@@ -56,10 +56,10 @@ def commands(backbone: str, table: int | None, figure: int | None) -> str:
     head = f"{launch} examples/train_head.py --backbone build/sft {data} {training} --learning_rate 1e-4 --resume"
     joint = f"{launch} examples/train_joint.py --backbone {backbone} {data} {training} --learning_rate 1e-5 --resume"
     heads = {
-        "paper": "--targets labels --head_reread false",
-        **({"uniform": "--artifacts uniform --head_reread false"} if number == 6 else {}),
-        **({"one_step": "--artifacts one_step --head_reread false"} if number == 6 else {}),
-        "distilled": "--targets leave_one_out --state_prompts 20000",
+        "paper": "--recipe paper",
+        **({"uniform": "--recipe paper --artifacts uniform"} if number == 6 else {}),
+        **({"one_step": "--recipe paper --artifacts one_step"} if number == 6 else {}),
+        "distilled": "--state_prompts 20000",
     }
     lines = [
         "# stage 1: the fine-tuned backbone",

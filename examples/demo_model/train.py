@@ -121,8 +121,6 @@ def main() -> None:
         output_dir=work / "head",
         max_steps=args.head_steps,
         dtype="bfloat16",
-        targets="leave_one_out+leave_many_out",
-        left_out_draws=2,
         state_prompts=args.state_prompts,
         states_per_prompt=16,
         judge=f"{HERE / 'word_problems.py'}:judge",

@@ -26,10 +26,13 @@ SLOW += ["--detection_prompts", "96", "--per_device_eval_batch_size", "48"]
 ONE_STEP = ["--artifacts", "one_step", "--artifacts_only", "true", "--average_over", "artifacts"]
 ONE_STEP += ["--head_type", "mlp", *PAPER]
 RIVALS: dict[str, tuple[str, list[str]]] = {
-    "look_back": ("train_head.py", [*HEAD_MODEL, *HEAD_TRAINING]),
-    "paper": ("train_head.py", [*HEAD_MODEL, *HEAD_TRAINING, *PAPER]),
-    "uniform": ("train_head.py", [*HEAD_MODEL, *HEAD_TRAINING, *PAPER, "--artifacts", "uniform"]),
-    "one_step": ("train_head.py", ["--learning_rate", "2e-3", "--warmup_steps", "50", *SLOW, *ONE_STEP]),
+    "look_back": ("train_head.py", ["--recipe", "paper", *HEAD_MODEL, *HEAD_TRAINING, "--head_reread", "true"]),
+    "paper": ("train_head.py", ["--recipe", "paper", *HEAD_MODEL, *HEAD_TRAINING]),
+    "uniform": ("train_head.py", ["--recipe", "paper", *HEAD_MODEL, *HEAD_TRAINING, "--artifacts", "uniform"]),
+    "one_step": (
+        "train_head.py",
+        ["--recipe", "paper", "--learning_rate", "2e-3", "--warmup_steps", "50", *SLOW, *ONE_STEP],
+    ),
     "prism": ("train_joint.py", [*LORA, *SLOW, *ONE_STEP, "--demask_weight", "0.5"]),
     "joint": ("train_joint.py", [*HEAD_MODEL, *LORA, *SLOW, *PAPER]),
     "proseco": ("train_proseco.py", [*LORA, *SLOW, "--head_type", "mlp"]),
