@@ -160,6 +160,32 @@ def test_evaluating_states_without_references_is_refused(tmp_path):
     trainer = make_trainer("head", tmp_path, rows=states, targets="leave_one_out")
     with pytest.raises(ValueError, match="response_ids"):
         trainer.evaluate()
+    with pytest.raises(ValueError, match="`eval_dataset` has no `response_ids`"):  # before any training
+        make_trainer("head", tmp_path, rows=states, targets="leave_one_out", eval_strategy="steps", eval_steps=1)
+
+
+def test_prompts_alone_are_evaluated_by_the_judge(tmp_path):
+    prompts = make_rows().select_columns("prompt_ids")
+    states = collect_states(
+        make_model(), prompts["prompt_ids"], [{"max_new_tokens": 8, "block_length": 4}], progress=False
+    )
+    judge = {"judge": lambda prompt, state: [token % 2 == 0 for token in state]}
+    kinds = {"targets": "leave_many_out", "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
+    trainer = make_trainer("head", tmp_path, rows=states, eval_dataset=prompts, **judge, **kinds)
+    trainer.train()
+    assert "eval_auroc" in trainer.evaluate() and "eval_loss" not in trainer.evaluate()
+    assert trainer.calibrate_head().targets == "labels"
+    with pytest.raises(ValueError, match="`train_dataset` has the columns"):
+        make_trainer("head", tmp_path, rows=prompts)
+
+
+@pytest.mark.parametrize("wrong", [{"targets": "labels+leave_many_out"}, {"artifacts_only": True}])
+def test_states_of_a_dataset_without_columns_are_refused_too(tmp_path, wrong):
+    states = [{"prompt_ids": [4], "state_ids": [5, MASK], "prompt_index": 0}] * 8
+    arguments = {"targets": "leave_many_out", "eval_dataset": None, "max_steps": 1, **wrong}
+    trainer = make_trainer("head", tmp_path, rows=states, **arguments)
+    with pytest.raises(ValueError, match=r"needs responses; states"):
+        trainer.train()
 
 
 def test_artifacts_only_counts_what_the_model_wrote(tmp_path):

@@ -134,6 +134,17 @@ def test_a_costly_score_must_be_so_much_better(model, monkeypatch, cost, best):
     assert rows["visible"].extra_positions == 0 and rows["leave_one_out"].extra_positions == 7
 
 
+@pytest.mark.parametrize(("noise", "best"), [(0.32, "visible"), (0.1, "leave_one_out")])
+def test_of_level_scores_the_one_that_needs_least_is_taken(model, monkeypatch, noise, best):
+    """Without costs: a lead within the error of the paired difference does not pay for shadow masks."""
+    rng, noises = np.random.default_rng(1), {"visible": 0.4, "leave_one_out": noise}
+    give_scores(monkeypatch, lambda name, state: state % 2 * 0.2 + noises[name] * rng.random(len(state)))
+    found = diagnose(model, PROMPTS, judge=lambda p, s: np.array(s) % 2, **QUICK, scores=["visible", "leave_one_out"])
+    rows = rows_of(found)
+    assert rows["leave_one_out"].average_precision > rows["visible"].average_precision and found.score == best
+    assert ("is level with `leave_one_out` and needs less" in found.reason) == (best == "visible")
+
+
 def test_one_wrong_token_is_no_evidence(model, monkeypatch):
     """A bootstrap over prompts sees little spread there: it draws that token or none."""
 
@@ -267,6 +278,8 @@ def judge_nothing(prompt, state):
         ({"references": [[4]] * 6, "judge": judge_nothing}, "`judge` or `references`, not both"),
         ({"scores": ["visible", "edit"]}, "`scores` has 'edit'"),
         ({"scores": []}, "`scores` is empty"),
+        ({"scores": "head"}, "`scores='head'` must be a list"),
+        ({"judge": "mine"}, "`judge='mine'` must be a function"),
         ({"scores": ["written"], "references": [[4]] * 6}, "`scores` has 'written', which is not to be had"),
         ({"settings": {"tokens_per_step": 0}}, "tokens_per_step=0"),
         ({"settings": {"remask_selection": "p2"}}, "remask_selection='p2'"),
@@ -351,12 +364,16 @@ def test_command_line_with_references_and_on_a_checkpoint(files, checkpoint):
         (["--model", "nowhere/at/all"], "`model='nowhere/at/all'`"),
         (["--judge", "nowhere.py:judge"], "`judge='nowhere.py:judge'` must be FILE.py:NAME"),
         (["--judge", "TASK:other"], "has no function 'other'"),
+        (["--judge", "TASK:judge", "--reference_column", "response"], "not both"),
+        (["--prompts", "EMPTY"], "EMPTY.*has no rows"),
         (["--num_prompts", "1"], "num_prompts=1"),
         (["--tokens_per_step", "9"], "tokens_per_step=9"),
     ],
 )
 def test_command_line_names_what_is_wrong(files, tmp_path, no_decode, changes, message):
-    changes = [change.replace("TASK", str(tmp_path / "task.py")) for change in changes]
+    (tmp_path / "EMPTY").touch()
+    for name, file in {"TASK": "task.py", "EMPTY": "EMPTY"}.items():
+        changes = [change.replace(name, str(tmp_path / file)) for change in changes]
     with pytest.raises(ValueError, match=message):
         main([*files, *changes])
 

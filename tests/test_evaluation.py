@@ -138,7 +138,7 @@ def test_best_threshold_by_hand():
     scores = np.array([0.99, 0.98, 0.97, 0.6, 0.5, 0.1])
     assert best_threshold(scores, wrong) == 0.55  # 3 of 4 are wrong and none is missed
     few = np.array([0.9, 0.8, 0.7, 0.6, 0.5]), np.array([True, False, False, True, False])
-    assert best_threshold(*few) == 0.55 and best_threshold(*few, false_alarm=0.6) == 0.85  # 2 - .2 > 1 > 2 - 1.2
+    assert best_threshold(*few) == 0.55 and best_threshold(*few, false_alarm=0.6) == 0.8  # 2 - .2 > 1 > 2 - 1.2
     assert best_threshold(np.array([1.0, 0.99999, 0.0]), np.array([True, False, False])) == 0.999995
     assert best_threshold(np.array([0.4, 0.4]), np.array([True, True])) == 0.2
     assert best_threshold(np.zeros(3), np.array([True, False, False])) == 0.5

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 from scipy.optimize import minimize
+from transformers.utils import logging
 
 from ..generation_config_dsc import DSCGenerationConfig
 from ..remasking_selections import SELECTIONS
 from .detection import score_states
 from .reliability import calibration_error
+
+logger = logging.get_logger(__name__)
 
 TEMPERATURES = (0.05, 20.0)
 """What is searched: labels that a threshold tells apart without a mistake would pull it to 0, a head that knows
@@ -75,8 +78,7 @@ def calibrate_head(
 
     Raises:
         `ValueError`: the head is untrained or gives no numbers; there is no visible token, or none that is wrong or
-            none that is right; labels don't fit the states; the head tells tokens apart without a mistake or by chance
-            only; or the backbone can't leave tokens out.
+            none that is right; labels don't fit the states; or the backbone can't leave tokens out.
     """
     model.require_trained_head()
     if wrong is not None and judge is not None:
@@ -170,10 +172,9 @@ def _most_likely(own: np.ndarray, targets: np.ndarray, with_offset: bool) -> tup
     found = minimize(loss, [1.0, 0.0], jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-14})
     temperature, offset = 1 / float(found.x[0]), float(found.x[1])
     if not low * 1.01 < temperature < high / 1.01:
-        found = "without a mistake" if temperature < 1 else "no better than by chance"
-        raise ValueError(
-            f"The {len(targets)} tokens are told apart {found}, which gives no probabilities: the temperature goes to "
-            f"the end of what is searched, {temperature:.3g}. Fit on more states, or train a better head."
+        logger.warning(
+            f"The temperature {temperature:.3g} is at the end of what is searched: the {len(targets)} tokens are told "
+            "apart without a mistake, or no better than by chance. Fit on more states."
         )
     return temperature, offset
 
