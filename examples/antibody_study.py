@@ -44,11 +44,11 @@ from dsc_hf.training import (  # noqa: E402
 BASE: dict[str, Any] = {"targets": "many_out_1.0", "width": 256}
 CHANGES: dict[str, dict[str, Any]] = {
     "base": {},
-    "labels": {"targets": "labels"},
-    "leave_one_out": {"targets": "leave_one_out"},
-    "many_out_0.6": {"targets": "many_out_0.6"},
-    "leave_one_out+many_out_1.0": {"targets": "leave_one_out+many_out_1.0"},
-    "labels+many_out_1.0": {"targets": "labels+many_out_1.0"},
+    "targets-labels": {"targets": "labels"},
+    "targets-leave_one_out": {"targets": "leave_one_out"},
+    "targets-many_out_0.6": {"targets": "many_out_0.6"},
+    "targets-leave_one_out+many_out_1.0": {"targets": "leave_one_out+many_out_1.0"},
+    "targets-labels+many_out_1.0": {"targets": "labels+many_out_1.0"},
     "look_back": {"states": "look_back"},
     "look_back-labels": {"states": "look_back", "targets": "labels"},
     "paper": {"states": "look_back", "targets": "labels", "inputs": "none"},

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "demo_model"))
 
 import comparison  # noqa: E402
+import head_curves  # noqa: E402
 import head_decoding  # noqa: E402
 import paper_scale  # noqa: E402
 import paper_tables  # noqa: E402
@@ -245,3 +246,19 @@ def test_settings_of_every_system_are_valid(name):
 
     settings = [DSCGenerationConfig(**settings) for settings in SYSTEMS[name].settings()]
     assert settings and len({config.to_json_string() for config in settings}) == len(settings)
+
+
+def test_curves_are_judged_on_problems_that_their_threshold_was_not_chosen_on():
+    """One threshold solves the even problems only, one the odd ones: each is chosen where it does not help."""
+    rows, even = np.arange(40), np.arange(40) % 2 == 0
+    runs = {t: [(c, np.stack([own, own])) for c in (9.0, 20.0)] for t, own in ((0.1, even), (0.9, ~even))}
+    assert not head_curves.cross_validated(runs, rows).any()
+    slow, fast = np.ones((2, 40), bool), np.zeros((2, 40), bool)
+    curve = head_curves.curve([(head_curves.GRID[0], fast), (head_curves.GRID[-1], slow)], rows)
+    np.testing.assert_allclose(curve, np.linspace([0, 0], [1, 1], len(head_curves.GRID)).T, atol=1e-9)
+
+
+def test_unknown_heads_are_named_before_anything_runs(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        head_decoding.main(["--heads", "typo", "--work_dir", str(tmp_path)])
+    assert "--heads typo: there are shipped, oracle" in capsys.readouterr().err

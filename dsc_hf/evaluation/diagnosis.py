@@ -301,13 +301,16 @@ def _recommend(diagnosis: Diagnosis, scores: dict[str, np.ndarray], drawn, wrong
         "remask_scope": config.remask_scope,
         "max_remasks_per_position": config.max_remasks_per_position or 1,
     }
-    better = f", which is level with `{most.score}` and needs less," if best is not most else ","
+    first = (
+        f"the best average precision{' over cost' if best.cost else ''} of the scores whose AUROC is more than two "
+        "standard errors above 0.5"
+    )
+    chosen = f", with {first}" if best is most else f": level with `{most.score}`, which has {first}, and needs less"
     diagnosis.reason = (
-        f"`{best.score}`{better} with the best average precision{' over cost' if best.cost else ''} of the "
-        "scores whose AUROC is more than two standard errors above 0.5. The threshold is the best on these states if "
-        f"a wrong token costs as much as ten right ones written again: {100 * above.mean():.1f} % of the tokens lie "
-        f"above it, {100 * diagnosis.precision:.0f} % of these are wrong, and {100 * diagnosis.recall:.0f} % of the "
-        "wrong ones are found."
+        f"`{best.score}`{chosen}. The threshold is the best on these states if a wrong token costs as much as ten "
+        f"right ones written again: {100 * above.mean():.1f} % of the tokens lie above it, "
+        f"{100 * diagnosis.precision:.0f} % of these are wrong, and {100 * diagnosis.recall:.0f} % of the wrong ones "
+        "are found."
     )
 
 
