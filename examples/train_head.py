@@ -80,14 +80,14 @@ def state_settings(lengths: dict[str, Any]) -> list[dict[str, Any]]:
 def decoding_states(
     model, rows: Dataset | IterableDataset, args: StateArguments, lengths: dict[str, Any], seed: int, where: Path
 ) -> Dataset:
-    """Collect states in a folder in `where`, once: a resumed run that asks for the same reads them from disk."""
+    """Collect states in a folder in `where` (never pushed to the Hub), once: a run that asks for the same reads them."""
     prompts = [row["prompt_ids"] for row in islice(rows, args.state_prompts)]
     settings, sizes = state_settings(lengths), (args.states_per_prompt, args.state_batch_size, seed)
     try:
         check_length(max(map(len, prompts)), lengths.get("max_new_tokens", 128), model.max_sequence_length)
     except ValueError as error:
         raise ValueError(f"{error} States are as long as `response_length`, or as `generation` says.") from error
-    where = where / f"states-{key_of(prompts, settings, sizes, weights_key(model.backbone))[:8]}"
+    where = where / f"_states-{key_of(prompts, settings, sizes, weights_key(model.backbone))[:8]}"
     if not where.exists():
         states = collect_states(model, prompts, settings, *sizes)
         aside = where.with_name(where.name + ".partial")

@@ -127,9 +127,9 @@ def test_head_learns_from_prompts_alone_and_collects_states_anew_for_other_setti
     assert model.config.head_num_layers == 1 and model.config.head_reread and model.config.head_trained
     judged = [*arguments, "--judge", "examples/demo_model/word_problems.py:judge", "--eval_strategy", "steps"]
     assert "eval_auroc" in check(run("examples/train_head.py", *judged, "--eval_steps", 2))
-    assert len(list((tmp_path / "head").glob("states-*"))) == 1  # the same states again
+    assert len(list((tmp_path / "head").glob("_states-*"))) == 1  # the same states again
     check(run("examples/train_head.py", *arguments, "--state_prompts", 6))
-    assert len(list((tmp_path / "head").glob("states-*"))) == 2
+    assert len(list((tmp_path / "head").glob("_states-*"))) == 2
     result = run("examples/train_head.py", *arguments, "--eval_strategy", "steps", "--eval_steps", 2)
     assert result.returncode != 0 and "`eval_dataset` has no `response_ids`" in result.stderr
 

@@ -23,7 +23,10 @@ from word_problems import AnswerChecker, Problem, draw_problems
 from dsc_hf.evaluation import detection_quality
 
 CACHES = ("none", "prefix", "dual")
-RULES = {"3 a step": {"tokens_per_step": 3}, "confidence above 0.9": {"confidence_threshold": 0.9}}
+RULES = {
+    "3 a step": {"unmasking": "confidence", "tokens_per_step": 3},
+    "confidence above 0.9": {"unmasking": "confidence_threshold", "confidence_threshold": 0.9},
+}
 
 
 def detection(model, tokenizer, problems: list[Problem], **settings) -> dict[str, float]:
@@ -58,7 +61,7 @@ def main() -> None:
     for rule, unmasking in RULES.items():
         for score in ("none", "visible", "head"):
             settings = {} if score == "none" else {**chosen[score]["3"], "remask_scope": "block"}
-            settings = {k: v for k, v in settings.items() if k != "tokens_per_step"} | {"remasking_score": score}
+            settings = {k: v for k, v in settings.items() if k not in RULES["3 a step"]} | {"remasking_score": score}
             uncached = None
             for context in ("full", "block") if score == "head" else ("full",):
                 for cache in CACHES:
