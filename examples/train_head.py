@@ -80,7 +80,7 @@ def state_settings(lengths: dict[str, Any]) -> list[dict[str, Any]]:
 def decoding_states(
     model, rows: Dataset | IterableDataset, args: StateArguments, lengths: dict[str, Any], seed: int, where: Path
 ) -> Dataset:
-    """Collect states in a folder in `where` (never pushed to the Hub), once: a run that asks for the same reads them."""
+    """Collect states into a folder in `where` that is not pushed, once: who asks for the same again reads them."""
     prompts = [row["prompt_ids"] for row in islice(rows, args.state_prompts)]
     settings, sizes = state_settings(lengths), (args.states_per_prompt, args.state_batch_size, seed)
     try:
