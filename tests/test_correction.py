@@ -175,6 +175,8 @@ def test_prompts_alone_are_evaluated_by_the_judge(tmp_path):
     trainer.train()
     assert "eval_auroc" in trainer.evaluate() and "eval_loss" not in trainer.evaluate()
     assert trainer.calibrate_head().targets == "labels"
+    both = trainer.evaluate({"own": prompts, "others": make_rows(seed=1)})
+    assert {"eval_own_auroc", "eval_others_auroc", "eval_others_loss"} <= set(both) and "eval_own_loss" not in both
     with pytest.raises(ValueError, match="`train_dataset` has the columns"):
         make_trainer("head", tmp_path, rows=prompts)
 

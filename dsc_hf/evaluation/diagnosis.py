@@ -3,7 +3,6 @@ itself, with its prompts and its decoding settings. On the command line: `python
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,22 +14,18 @@ from datasets import Dataset, concatenate_datasets
 from ..canvas_reader import CanvasReader
 from ..generation_config_dsc import DSCGenerationConfig
 from ..input_checks import check_length
-from ..remasking_selections import SELECTION_ARGUMENTS
 from .costs import measure_costs
-from .detection import Judge, best_threshold, detection_quality, resampled, score_states, verdict
+from .detection import Judge, detection_quality, resampled, score_states, verdict
 from .diagnosis_report import Diagnosis, ScoreDiagnosis
 from .files import write_generation_config
+from .recommendation import REMASKING, recommend
 from .states import collect_states, left_pad
 from .trials import check_prompts
 
 COMPARED = ("head", "visible", "leave_one_out", "written", "random")
 """The scores that are compared."""
-REMASKING = {"remasking_score", "remask_selection", "remask_action", *SELECTION_ARGUMENTS}
 TAKING_BACK = {"remasking_score": "visible", "remask_threshold": 0.9, "max_remasks_per_position": 1}
 """How tokens are taken back in the decodes that visit states, beside plain ones."""
-CONTROL = "random"
-EFFORT = {"visible": 0, "written": 0, "head": 1, "leave_one_out": 2}
-"""The scores by what they need beside the plain forward: nothing, a head, shadow masks."""
 
 
 def diagnose(
@@ -131,7 +126,7 @@ def diagnose(
         if name in names or name in missing
     ]
     diagnosis = Diagnosis(truth, rows, len(ids), len(states), len(wrong), float(np.mean(wrong)))
-    _recommend(diagnosis, ranked, drawn, wrong, settings or {}, config)
+    recommend(diagnosis, ranked, drawn, wrong, settings or {}, config)
     if save_directory is not None:
         write_generation_config(model, diagnosis.settings, save_directory)
     return diagnosis
@@ -266,52 +261,6 @@ def _costs(model, ids, config, plain, names, rounds: int, seed: int, progress: b
         name: {"cost": cost.time, "extra_positions": cost.positions - none.positions}
         for name, cost in measured.items()
     }
-
-
-def _recommend(diagnosis: Diagnosis, scores: dict[str, np.ndarray], drawn, wrong, settings, config) -> None:
-    """Choose a score and its threshold, or none, and say why."""
-    rows = [row for row in diagnosis.rows if row.score in scores and row.score != CONTROL]
-    chance = math.sqrt((len(wrong) + 1) / (12 * wrong.sum() * (~wrong).sum())) if 0 < wrong.mean() < 1 else math.nan
-    able = [row for row in rows if row.auroc - 2 * max(row.auroc_error, chance) > 0.5]
-    if not able:
-        none = f"no token is wrong, of {len(wrong)}" if not wrong.any() else "no score finds errors here"
-        diagnosis.reason = f"{none}; don't remask (no AUROC is more than two standard errors above 0.5)."
-        kept = {name: value for name, value in settings.items() if name not in {*REMASKING, "remask_scope"}}
-        diagnosis.settings = {**kept, "remasking_score": "none"}
-        return
-    cost = {row.score: max(1, row.cost or 1) for row in able}  # less is noise
-    worth = {row.score: row.average_precision / cost[row.score] for row in able}
-    most = max(able, key=lambda row: worth[row.score])
-
-    def is_level(score: str) -> bool:
-        """Whether it is within a standard error of the best."""
-        apart = drawn[most.score] / cost[most.score] - drawn[score] / cost[score]
-        return worth[most.score] - worth[score] <= np.nan_to_num(np.nanstd(apart, ddof=1))
-
-    level = [row for row in able if is_level(row.score)]
-    best = min(level, key=lambda row: (EFFORT[row.score], -worth[row.score]))
-    threshold = best_threshold(scores[best.score], wrong)
-    above = scores[best.score] > threshold
-    diagnosis.score, diagnosis.threshold = best.score, threshold
-    diagnosis.precision, diagnosis.recall = float(wrong[above].mean()), float(above[wrong].mean())
-    diagnosis.settings = {
-        **{name: value for name, value in settings.items() if name != "head_context" or best.score == "head"},
-        "remasking_score": best.score,
-        "remask_threshold": threshold,
-        "remask_scope": config.remask_scope,
-        "max_remasks_per_position": config.max_remasks_per_position or 1,
-    }
-    first = (
-        f"the best average precision{' over cost' if best.cost else ''} of the scores whose AUROC is more than two "
-        "standard errors above 0.5"
-    )
-    chosen = f", with {first}" if best is most else f": level with `{most.score}`, which has {first}, and needs less"
-    diagnosis.reason = (
-        f"`{best.score}`{chosen}. The threshold is the best on these states if a wrong token costs as much as ten "
-        f"right ones written again: {100 * above.mean():.1f} % of the tokens lie above it, "
-        f"{100 * diagnosis.precision:.0f} % of these are wrong, and {100 * diagnosis.recall:.0f} % of the wrong ones "
-        "are found."
-    )
 
 
 __all__ = ["diagnose"]

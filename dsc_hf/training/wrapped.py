@@ -115,11 +115,17 @@ class WrappedModelTrainer(DiffusionTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The loss, and detection quality on decoding states."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, dict):  # each of them by this method
+            return super().evaluate(rows, ignore_keys, metric_key_prefix)
         self._refuse_unjudged(rows)
-        have_loss = {"response_ids", "state_ids"} & set(getattr(rows, "column_names", None) or ("response_ids",))
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix) if have_loss else {}
+        columns, metrics = getattr(rows, "column_names", None), {}
+        have_loss = columns is None or {"response_ids", "state_ids"} & set(columns)
+        if have_loss:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         detection = {f"{metric_key_prefix}_{k}": v for k, v in self.detection(rows).items()}
         self.log(detection)
+        if not have_loss:
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, detection)
         return {**metrics, **detection}
 
     def _refuse_unjudged(self, rows: Any) -> None:

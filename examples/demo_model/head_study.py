@@ -51,7 +51,7 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
         f"{states}-{targets}": {"states": states, "targets": targets}
         for states in (*KINDS, MIXED)
         for targets in ("labels", Recipe.targets)
-        if states != Recipe.states
+        if states not in (Recipe.states, "on_policy_fast")
     },
     "fast states": {
         f"{states}-{t}-width-64": {"states": states, "targets": t, "width": 64}
